@@ -1,0 +1,17 @@
+"""haste_compile: a ``torch.compile`` backend that makes pretrained video diffusion transformers fast."""
+
+from __future__ import annotations
+
+import os as _os
+
+__version__ = "0.1.0"
+
+# In a checkout the folders ``passes`` and ``kernels`` lie beside this one, and setuptools' package-dir maps
+# them below this package only at install time. Python started in the repository root finds this folder
+# first, so look beside it as well, but only when it really is a checkout.
+_root = _os.path.dirname(_os.path.dirname(_os.path.abspath(__file__)))
+_here = _os.path.dirname(_os.path.abspath(__file__))
+if _os.path.isfile(_os.path.join(_root, "passes", "__init__.py")) and not _os.path.isdir(
+    _os.path.join(_here, "passes")
+):
+    __path__.append(_root)

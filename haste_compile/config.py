@@ -1,0 +1,200 @@
+"""All that a user can set, in one frozen and validated dataclass; presets are named option sets."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from haste_compile.errors import OptionError, ThresholdError
+
+#: One threshold for all heads, or one row of H values for each of the L rewritten sites, in graph order.
+Thresholds = float | tuple[tuple[float, ...], ...]
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # HASTE v1 (arXiv 2605.14513): no dense warm-up, no layer gate (r < 0 never holds, nor r > 1).
+    "haste-v1": {"warmup_steps": 0, "gate_low": 0.0, "gate_high": 1.0},
+    # HEART, v2 of the same paper: the first 5 steps dense, layer gate 0.4 / 0.8.
+    "heart-v2": {"warmup_steps": 5, "gate_low": 0.4, "gate_high": 0.8},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class HasteConfig:
+    """Options of the ``haste`` backend; ``torch.compile(..., options={...})`` takes the same names.
+
+    Attributes:
+        preset: name in ``PRESETS`` whose values stand where the caller gave none.
+        top_p: mass that the kept key blocks of a row must reach, in (0, 1]; a float or an [L][H] table.
+        drift_threshold: δ of temporal mask reuse, >= 0; a float or an [L][H] table. Raw L1 norm
+            (HASTE §3, 30 for XAttention on Wan), or a ratio when ``drift_scale="relative"`` (ours).
+        drift_scale: "raw" or "relative" (drift over the L1 norm of the anchors).
+        reuse: "drift" (temporal mask reuse), "never" (plain XAttention), "freeze" or "interval" (ablations).
+        interval: rebuild every that many calls; needed by ``reuse="interval"``.
+        max_age: rebuild a mask that was reused that many calls in a row; 0 sets no limit (ours).
+        gate_low, gate_high: layer gate (HEART): share of heads below which none, above which all rebuild.
+        block: tokens a block, 64 or 128.
+        stride: s of XAttention's antidiagonals: 4, 8, 16 or 32, at most ``block``.
+        warmup_steps: dense steps at the start of every video.
+        dense_sites: indices of self-attention sites, in graph order, that stay dense.
+        min_tokens: sites with fewer tokens stay dense.
+        slots: how many CFG branches (of one or several videos) are remembered at a time.
+        strict: a self-attention site that cannot be rewritten is an error.
+        inner: compiler of the rewritten graph: "inductor", "aot_eager" or "eager".
+    """
+
+    preset: str = "haste-v1"
+    top_p: Thresholds = 0.9
+    drift_threshold: Thresholds = 30.0
+    drift_scale: Literal["raw", "relative"] = "raw"
+    reuse: Literal["drift", "never", "freeze", "interval"] = "drift"
+    interval: int = 0
+    max_age: int = 0
+    gate_low: float = 0.0
+    gate_high: float = 1.0
+    block: int = 128
+    stride: int = 16
+    warmup_steps: int = 0
+    dense_sites: tuple[int, ...] = ()
+    min_tokens: int = 1024
+    slots: int = 4
+    strict: bool = False
+    inner: Literal["inductor", "aot_eager", "eager"] = "inductor"
+
+    def __post_init__(self) -> None:
+        _choice("preset", self.preset, tuple(PRESETS))
+        _choice("drift_scale", self.drift_scale, ("raw", "relative"))
+        _choice("reuse", self.reuse, ("drift", "never", "freeze", "interval"))
+        _choice("block", self.block, (64, 128))
+        _choice("stride", self.stride, (4, 8, 16, 32))
+        _choice("inner", self.inner, ("inductor", "aot_eager", "eager"))
+        _thresholds("top_p", self.top_p, low_open=True, high=1.0)
+        _thresholds("drift_threshold", self.drift_threshold, low_open=False, high=math.inf)
+        for name, low in (("max_age", 0), ("warmup_steps", 0), ("min_tokens", 0), ("slots", 1)):
+            _integer(name, getattr(self, name), low)
+        _integer("interval", self.interval, 1 if self.reuse == "interval" else 0)
+        for name in ("gate_low", "gate_high"):
+            _number(name, getattr(self, name), 0.0, 1.0)
+        if self.gate_low > self.gate_high:
+            raise OptionError(
+                found=f"gate_low={self.gate_low} above gate_high={self.gate_high}",
+                wanted="gate_low <= gate_high",
+                where="option gate_low",
+                fix="Swap the two values.",
+            )
+        if not isinstance(self.strict, bool):
+            raise _wrong("strict", self.strict, "True or False")
+        for index in self.dense_sites:
+            _integer("dense_sites", index, 0)
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any] | None) -> HasteConfig:
+        """Build a config from ``torch.compile``'s options dict: the preset's values, then the caller's.
+
+        Raises:
+            OptionError: an unknown name or a bad value; the nearest known name is offered.
+        """
+        given = dict(options or {})
+        known = {field.name for field in dataclasses.fields(cls)}
+        for name in given:
+            if name not in known:
+                near = difflib.get_close_matches(str(name), known, n=1)
+                raise OptionError(
+                    found=repr(name),
+                    wanted="one of " + ", ".join(sorted(known)),
+                    where="options of the haste backend",
+                    fix=f"Did you mean {near[0]!r}?" if near else "Remove it.",
+                )
+        preset = given.get("preset", cls.preset)
+        _choice("preset", preset, tuple(PRESETS))
+        values = {**PRESETS[preset], **given}
+        for name in ("top_p", "drift_threshold"):
+            if name in values:
+                values[name] = _freeze_table(name, values[name])
+        if "dense_sites" in values:
+            values["dense_sites"] = _freeze_indices(values["dense_sites"])
+        return cls(**values)
+
+    def to_options(self) -> dict[str, Any]:
+        """The options dict that gives this config again; JSON-able."""
+        return dataclasses.asdict(self)
+
+
+def threshold_row(name: str, thresholds: Thresholds, site: int, sites: int, heads: int) -> list[float]:
+    """The H thresholds of one of the ``sites`` rewritten sites.
+
+    Raises:
+        ThresholdError: the table is not [sites][heads].
+    """
+    if isinstance(thresholds, float):
+        return [thresholds] * heads
+    shape = f"[{len(thresholds)}][{'/'.join(str(n) for n in sorted({len(row) for row in thresholds}))}]"
+    if len(thresholds) != sites or any(len(row) != heads for row in thresholds):
+        raise ThresholdError(
+            found=f"a table of shape {shape}",
+            wanted=f"one float, or a table [{sites}][{heads}] (sites × heads)",
+            where=f"option {name}",
+            fix="Give one row for each rewritten self-attention site, in the order explain() lists them.",
+        )
+    return list(thresholds[site])
+
+
+def _freeze_table(name: str, value: Any) -> Thresholds:
+    if hasattr(value, "tolist"):  # numpy array or tensor
+        value = value.tolist()
+    if isinstance(value, bool) or not isinstance(value, (int, float, Sequence)) or isinstance(value, str):
+        raise _wrong(name, value, "a number or an [L][H] table of numbers", ThresholdError)
+    if isinstance(value, (int, float)):
+        return float(value)
+    rows: list[tuple[float, ...]] = []
+    for row in value:
+        numeric = isinstance(row, Sequence) and not isinstance(row, str)
+        if not numeric or any(isinstance(x, bool) or not isinstance(x, (int, float)) for x in row):
+            raise _wrong(name, row, "rows of H numbers", ThresholdError)
+        rows.append(tuple(float(x) for x in row))
+    if not rows or not all(rows):
+        raise _wrong(name, value, "a table that is not empty", ThresholdError)
+    return tuple(rows)
+
+
+def _freeze_indices(value: Any) -> tuple[int, ...]:
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise _wrong("dense_sites", value, "a list of site indices")
+    return tuple(value)
+
+
+def _thresholds(name: str, value: Thresholds, *, low_open: bool, high: float) -> None:
+    rows = ((value,),) if isinstance(value, float) else value
+    if not isinstance(rows, tuple):
+        raise _wrong(name, value, "a float or an [L][H] table", ThresholdError)
+    wanted = f"{'(0' if low_open else '[0'}, {'1]' if high == 1.0 else '∞)'}"
+    for i, row in enumerate(rows):
+        for j, x in enumerate(row):
+            if not math.isfinite(x) or x > high or x < 0 or (low_open and x == 0):
+                raise ThresholdError(
+                    found=f"{x}",
+                    wanted=f"a finite number in {wanted}",
+                    where=f"option {name}" + ("" if isinstance(value, float) else f", site {i}, head {j}"),
+                    fix="Correct the value.",
+                )
+
+
+def _choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    if value not in allowed or isinstance(value, bool):
+        raise _wrong(name, value, "one of " + ", ".join(map(repr, allowed)))
+
+
+def _integer(name: str, value: Any, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise _wrong(name, value, f"an integer of at least {low}")
+
+
+def _number(name: str, value: Any, low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        raise _wrong(name, value, f"a number in [{low}, {high}]")
+
+
+def _wrong(name: str, value: Any, wanted: str, kind: type[OptionError] = OptionError) -> OptionError:
+    return kind(found=repr(value), wanted=wanted, where=f"option {name}", fix="Correct the value.")
