@@ -1,0 +1,1 @@
+"""How close two videos are, and a page that lets a person judge: metrics, MP4 files, comparison page."""

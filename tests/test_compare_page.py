@@ -1,0 +1,180 @@
+"""The comparison page in headless Chromium: the clips play, the slider keeps them in step, nothing is remote."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from haste_compile.evaluation.compare_page import Comparison, render_page
+from haste_compile.evaluation.video import read_mp4, write_mp4
+
+FPS, FRAMES = 16, 33
+
+
+def _moving_square(shift: int) -> np.ndarray:
+    video = np.full((FRAMES, 64, 64, 3), 0.2, np.float32)
+    for t in range(FRAMES):
+        left = (t + shift) % 48
+        video[t, 20:36, left : left + 16] = (0.9, 0.2, 0.1)
+    return video
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("page")
+    clips = {}
+    for caption, shift in (("Dense", 0), ("HASTE", 1), ("Absolute difference × 4", 2)):
+        write_mp4(folder / "clip.mp4", _moving_square(shift), fps=FPS)
+        clips[caption] = (folder / "clip.mp4").read_bytes()
+    comparison = Comparison(
+        title="a <red> circle & a blue square </script>",
+        clips=clips,
+        fps=FPS,
+        frames=FRAMES,
+        figures={"Density": "41 %", "PSNR": "31.2 dB", "Mask rebuilds": "23 %", "Speed": "1.31×"},
+        sites=tuple(f"blocks.{i}.attn1" for i in range(8)),
+        density_by_head=tuple(tuple((l * 6 + h) / 47 for h in range(6)) for l in range(8)),
+        refreshes_by_step=tuple(1.0 / (1 + step) for step in range(22)),
+        step_seconds={
+            "Dense": tuple(2.4 + 0.1 * (s % 3) for s in range(22)),
+            "HASTE": tuple(1.9 - 0.01 * s for s in range(22)),
+        },
+        notes=("Python 3.11, torch 2.13.0",),
+    )
+    path = folder / "compare.html"
+    path.write_text(render_page(comparison), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not (chromium and driver):
+        if os.environ.get("CI"):
+            pytest.fail("chromium and chromedriver must be installed in CI; .ci/run does that")
+        pytest.skip("chromium and chromedriver are not installed (Debian: chromium chromium-driver)")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1300,1750"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    session = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield session
+    session.quit()
+
+
+@pytest.fixture
+def opened(browser: Any, page: Path) -> Any:
+    browser.get(page.as_uri())
+    _wait(lambda: browser.execute_script("return clips.every(c => c.readyState >= 2)"), "the clips to load")
+    return browser
+
+
+def _wait(condition: Any, what: str, seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"waited {seconds} s for {what}"
+        time.sleep(0.05)
+
+
+def _times(browser: Any) -> list[float]:
+    return browser.execute_script("return clips.map(c => c.currentTime)")
+
+
+def test_page_is_self_contained(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    addresses = re.findall(r"""(?:src|href)\s*=\s*["']?([^"'\s>]{0,40})""", text)
+    assert len(addresses) == 4  # three clips and the empty icon
+    assert all(address.startswith("data:") for address in addresses)
+    assert "url(" not in text and "@import" not in text
+    assert "fetch(" not in text and "import(" not in text
+
+
+def test_prompt_is_escaped(opened: Any) -> None:
+    assert opened.find_element("css selector", "h1").text == "a <red> circle & a blue square </script>"
+
+
+def test_clips_play_in_step(opened: Any) -> None:
+    opened.execute_script("seek(0)")
+    opened.find_element("id", "play").click()
+    _wait(lambda: min(_times(opened)) > 0.6, "all clips to play for 0.6 s")
+    opened.find_element("id", "play").click()
+    _wait(lambda: opened.execute_script("return clips.every(c => c.paused && !c.seeking)"), "the pause")
+    times = _times(opened)
+    assert len(times) == 3
+    assert max(times) - min(times) < 0.5 / FPS
+    assert opened.execute_script("return clips.map(c => c.error)") == [None] * 3
+
+
+def test_slider_and_keys_move_every_clip(opened: Any) -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    slider = opened.find_element("id", "frame")
+    slider.send_keys(Keys.HOME)
+    for _ in range(7):
+        slider.send_keys(Keys.ARROW_RIGHT)
+    _wait(lambda: opened.execute_script("return clips.every(c => !c.seeking)"), "the seek")
+    assert [int(t * FPS) for t in _times(opened)] == [7, 7, 7]
+    assert opened.find_element("id", "where").text == f"frame 7 of {FRAMES - 1}"
+
+    opened.execute_script("document.activeElement.blur()")
+    opened.find_element("css selector", "body").send_keys(Keys.END)
+    _wait(lambda: opened.execute_script("return clips.every(c => !c.seeking)"), "the seek")
+    assert [int(t * FPS) for t in _times(opened)] == [FRAMES - 1] * 3
+
+
+def test_slider_shows_different_frames_of_the_clip(opened: Any) -> None:
+    """The picture itself moves with the slider: a decoder stuck on frame 0 would pass a test of times alone."""
+    pixels = []
+    for frame in (0, 20):
+        opened.execute_script(f"seek({frame})")
+        _wait(lambda: opened.execute_script("return clips.every(c => !c.seeking)"), "the seek")
+        pixels.append(
+            opened.execute_script(
+                "const c = document.createElement('canvas'); c.width = c.height = 64;"
+                "const g = c.getContext('2d'); g.drawImage(clips[0], 0, 0);"
+                "return Array.from(g.getImageData(0, 28, 64, 1).data).filter((_, i) => i % 4 == 0)"
+            )
+        )
+    first, later = np.array(pixels)
+    assert first[8] > 180 and later[8] < 110  # the square covers columns 0–15, then 20–35
+    assert first[28] < 110 and later[28] > 180
+
+
+def test_charts_show_the_numbers(opened: Any) -> None:
+    cells = opened.execute_script("return document.querySelectorAll('#density rect').length")
+    bars = opened.execute_script("return document.querySelectorAll('#refreshes rect').length")
+    dots = opened.execute_script("return document.querySelectorAll('#seconds circle').length")
+    assert (cells, bars, dots) == (48, 22, 44)
+    rows = opened.execute_script(
+        "return Array.from(document.querySelectorAll('#density-table tr')).map(r => r.textContent)"
+    )
+    assert len(rows) == 9 and rows[1].startswith("blocks.0.attn1") and rows[-1].endswith("100 %")
+
+
+def test_no_console_error_and_no_request(opened: Any) -> None:
+    import json
+
+    assert [entry for entry in opened.get_log("browser") if entry["level"] == "SEVERE"] == []
+    messages = [json.loads(entry["message"])["message"] for entry in opened.get_log("performance")]
+    urls = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+    assert urls and all(url.startswith(("file:", "data:")) for url in urls)
+
+
+def test_mp4_holds_every_frame(tmp_path: Path) -> None:
+    video = _moving_square(0)
+    write_mp4(tmp_path / "clip.mp4", video, fps=FPS)
+    frames = read_mp4(tmp_path / "clip.mp4")
+    assert frames.shape == video.shape
+    error = frames.astype(np.float32) / 255 - video
+    assert float(np.mean(error**2)) < 1e-3  # 30 dB: chroma is halved at the edges of the square
