@@ -1,0 +1,1 @@
+"""Antidiagonal block scores: how much softmax mass each key block holds for each query block (XAttention)."""

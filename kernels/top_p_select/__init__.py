@@ -1,0 +1,1 @@
+"""Top-p selection: the fewest key blocks of a query block whose scores reach a share of the row."""
