@@ -1,0 +1,301 @@
+"""Every private or version-dependent name of torch that the graph side of this package relies on.
+
+Two dialects of FX graph meet here. "dynamo": what a ``torch.compile`` backend receives (Python functions as
+targets, fakes in ``meta["example_value"]``). "export": what ``torch.export`` makes (aten overloads as targets,
+fakes in ``meta["val"]``).
+Each function is pinned by ``tests/test_torch_private.py``, so a new torch version that moves something fails
+there, with the name of what moved, and not inside a user's compile.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+from torch._dynamo.backends.registry import lookup_backend
+from torch._dynamo.exc import ShortenTraceback
+from torch._dynamo.backends.registry import lookup_backend
+from torch._dynamo.exc import ShortenTraceback
+from torch._dynamo.source import DictGetItemSource, GetItemSource, LocalSource, SyntheticLocalSource
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.symbolic_shapes import guard_or_false, statically_known_true
+
+from haste_compile.errors import HasteError, OptionError
+
+Dialect = Literal["dynamo", "export"]
+
+_FAKE_KEY: dict[Dialect, str] = {"dynamo": "example_value", "export": "val"}
+
+# What Dynamo hangs on a graph module outside of ``meta`` and AOTAutograd reads again.
+_GRAPH_ATTRIBUTES = (
+    "_param_name_to_source",
+    "_source_to_user_stacks",
+    "_backend_id",
+    "compile_subgraph_reason",
+)
+
+
+def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
+    """Copy a graph so that passes may edit it; tensors and submodules are shared, nodes are not.
+
+    Dynamo keeps its own graph, and AOTAutograd takes a graph for Dynamo's only while every placeholder has a
+    ``_dynamo_source`` and the module its sources and ``meta``: all of them go along.
+    """
+    graph = fx.Graph(tracer_cls=getattr(gm.graph, "_tracer_cls", None))
+    twins: dict[fx.Node, fx.Node] = {}
+    result, old_output = cast(tuple[Any, fx.Node], graph.graph_copy(gm.graph, twins, return_output_node=True))
+    graph.output(result).meta = copy.copy(old_output.meta)
+    graph.set_codegen(copy.deepcopy(gm.graph._codegen))
+    for old, new in twins.items():
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
+    twin = fx.GraphModule(gm, graph, class_name=type(gm).__name__)
+    twin.meta = dict(gm.meta)
+    for name in _GRAPH_ATTRIBUTES:
+        if hasattr(gm, name):
+            setattr(twin, name, getattr(gm, name))
+    return twin
+
+
+def append_static_input(gm: fx.GraphModule, name: str, fake: Tensor) -> fx.Node:
+    """Append a placeholder that the caller fills with a tensor of constant address.
+
+    Marked as Dynamo marks a module's buffers: Inductor then mutates it in place and CUDA graphs do not copy
+    it. No guard refers to it, since no user variable holds it.
+    """
+    graph = gm.graph
+    placeholders = graph.find_nodes(op="placeholder")
+    first = next(iter(graph.nodes))
+    with graph.inserting_after(placeholders[-1]) if placeholders else graph.inserting_before(first):
+        node = graph.placeholder(name, type_expr=Tensor)
+    node._dynamo_source = SyntheticLocalSource(name)  # type: ignore[attr-defined]
+    node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+    node.meta[_FAKE_KEY["dynamo"]] = fake
+    return node
+
+
+def fake_value(node: fx.Node) -> Any:
+    """What the tracer recorded as the node's result, with fake tensors; None where it recorded nothing."""
+    return node.meta.get(_FAKE_KEY["dynamo"], node.meta.get(_FAKE_KEY["export"]))
+
+
+def set_fake_value(node: fx.Node, value: Any, dialect: Dialect) -> None:
+    node.meta[_FAKE_KEY[dialect]] = value
+
+
+def empty_fake(like: Tensor, shape: tuple[int | torch.SymInt, ...], dtype: torch.dtype) -> Tensor:
+    """A contiguous fake tensor on the device and in the fake mode of ``like``; sizes may be symbolic."""
+    with torch.inference_mode(False), cast(FakeTensor, like).fake_mode:
+        return torch.empty(shape, dtype=dtype, device=like.device)
+
+
+def evaluate(node: fx.Node, known: Mapping[fx.Node, Any] | None = None) -> Any:
+    """Run a ``call_function`` node on fakes: those in ``known``, else the recorded ones of its inputs."""
+    known = known or {}
+
+    def value(n: fx.Node) -> Any:
+        return known[n] if n in known else fake_value(n)
+
+    args, kwargs = fx.map_arg((node.args, node.kwargs), value)
+    fakes = [value(n) for n in node.all_input_nodes if isinstance(value(n), FakeTensor)]
+    with torch.no_grad(), fakes[0].fake_mode:
+        return cast(Any, node.target)(*args, **kwargs)
+
+
+def always(condition: bool | torch.SymBool) -> bool:
+    """Whether a condition on sizes holds for every size the graph may serve; adds no guard."""
+    return statically_known_true(condition)
+
+
+def guarded(condition: bool | torch.SymBool) -> bool:
+    """Decide a condition on sizes for the traced size, and guard the graph on the outcome."""
+    return guard_or_false(condition)
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionCall:
+    """The arguments of one ``scaled_dot_product_attention`` node, in either dialect."""
+
+    query: fx.Node
+    key: fx.Node
+    value: fx.Node
+    attn_mask: Any = None
+    dropout_p: Any = 0.0
+    is_causal: Any = False
+    scale: Any = None
+    enable_gqa: Any = False
+
+
+_ATTENTION_TARGETS = (F.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default)
+_POSITIONAL = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+
+
+def attention_call(node: fx.Node) -> AttentionCall | None:
+    """Read a node as scaled dot-product attention; None when it is something else."""
+    if node.op != "call_function" or node.target not in _ATTENTION_TARGETS:
+        return None
+    return AttentionCall(**dict(zip(_POSITIONAL, node.args, strict=False)), **node.kwargs)  # type: ignore[arg-type]
+
+
+# A step down the module tree: .name, .0, ['name'] or [0].
+_STEP = re.compile(r"\.(\w+)|\[['\"]([^'\"]+)['\"]\]|\[(\d+)\]")
+# The variable that holds the outermost module: L['self'], G['model'], L['args'][0], a closure's cell.
+_ROOT = re.compile(r"^(?:.*\.cell_contents|[LG]\['[^']+'\](?:\[\d+\])?)")
+# Steps that are Python's or torch's bookkeeping and no part of a module path.
+_BOOKKEEPING = {"__dict__", "_modules", "_orig_mod"}
+
+
+def module_path(node: fx.Node) -> str | None:
+    """Dotted path of the module that the node's operation ran in; None when no module is known.
+
+    Dynamo spells it as a source expression, for instance ``L['self'].__dict__['_modules']['blocks'].0.attn1``
+    (several spellings by version), torch.export as the path itself. Both give ``blocks.0.attn1``.
+    """
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return None
+    spelled = next(reversed(stack.values()))[0]
+    if not _ROOT.match(spelled):
+        return spelled or None
+    steps = (next(filter(None, groups)) for groups in _STEP.findall(_ROOT.sub("", spelled)))
+    return ".".join(step for step in steps if step not in _BOOKKEEPING) or None
+
+
+def input_names(gm: fx.GraphModule, positional: Sequence[str] = ()) -> dict[str, int]:
+    """Where the arguments of the traced function stand among a Dynamo graph's inputs: name → position.
+
+    Args:
+        gm: a graph from Dynamo.
+        positional: names of the function's parameters in order, which a decorated
+            ``forward(self, *args, **kwargs)`` hides.
+    """
+    names: dict[str, int] = {}
+    for position, node in enumerate(gm.graph.find_nodes(op="placeholder")):
+        source = getattr(node, "_dynamo_source", None)
+        if isinstance(source, LocalSource):
+            names[source.local_name] = position
+        elif isinstance(source, (GetItemSource, DictGetItemSource)) and isinstance(source.base, LocalSource):
+            holder, key = source.base.local_name, source.index
+            if holder == "kwargs" and isinstance(key, str):
+                names[key] = position
+            elif holder == "args" and isinstance(key, int) and key < len(positional):
+                names[positional[key]] = position
+    return names
+
+
+def size_hint(size: int | torch.SymInt) -> int:
+    """The size that the graph was traced with; adds no guard."""
+    return size if isinstance(size, int) else int(size.node.hint)
+
+
+InnerCompiler = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
+
+
+def inner_compiler(inner: str, mode: str | None) -> InnerCompiler:
+    """The backend that compiles the rewritten graph; ``mode`` is one of ``torch.compile`` and needs Inductor.
+
+    Raises:
+        OptionError: a mode for another compiler than Inductor, or a mode that torch does not know.
+    """
+    if mode in (None, "default"):
+        return lookup_backend(inner)
+    from torch._inductor import list_mode_options  # Inductor takes seconds to import
+    from torch._inductor.compile_fx import compile_fx
+
+    modes = list_mode_options()
+    if inner != "inductor" or mode not in modes:
+        raise OptionError(
+            found=f"mode={mode!r} with inner={inner!r}",
+            wanted="one of " + ", ".join(map(repr, modes)) + " with inner='inductor'",
+            where="torch.compile",
+            fix="Leave out mode, or inner.",
+        )
+    patches = list_mode_options(mode)
+    return lambda gm, inputs: compile_fx(gm, inputs, config_patches=patches)
+
+
+def through_dynamo(error: HasteError) -> HasteError:
+    """The same error in a type that Dynamo hands to the user as it is.
+
+    Dynamo wraps what a backend raises in ``BackendCompilerFailed``, unless it is one of its own
+    ``ShortenTraceback``. The result is both, so ``except UnsupportedSiteError`` works around a compiled call.
+    """
+    kind = type(error)
+    # Pickling goes by the plain type: this one has no importable name.
+    names = {"__module__": kind.__module__, "__reduce__": lambda self: error.__reduce__()}
+    twin = Exception.__new__(type(kind.__name__, (kind, ShortenTraceback), names), *error.args)
+    twin.__dict__.update(error.__dict__, first_useful_frame=None)
+    return twin
+
+
+# Where a graph input comes from: L['timestep'], L['kwargs']['timestep'] or L['args'][1].
+_KEYWORD_INPUT = re.compile(r"^L(?:\['kwargs'\])?\['(\w+)'\]$")
+_POSITIONAL_INPUT = re.compile(r"^L\['args'\]\[(\d+)\]$")
+
+
+def argument_positions(gm: fx.GraphModule, signature: Sequence[str]) -> dict[str, int]:
+    """Which graph inputs are the named arguments of the compiled function; those it does not see are left out.
+
+    Args:
+        gm: a Dynamo graph.
+        signature: the function's argument names in order, for calls that pass them by position.
+    """
+    found: dict[str, int] = {}
+    for position, node in enumerate(gm.graph.find_nodes(op="placeholder")):
+        name = node._dynamo_source.name
+        source = name() if callable(name) else name  # a method up to torch 2.11, a property since
+        if match := _KEYWORD_INPUT.match(source):
+            found.setdefault(match[1], position)
+        elif (match := _POSITIONAL_INPUT.match(source)) and int(match[1]) < len(signature):
+            found.setdefault(signature[int(match[1])], position)
+    return {name: found[name] for name in signature if name in found}
+
+
+class SizeReader:
+    """Works out the traced graph's symbolic sizes from the arguments of a call."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self._symbols = {
+            fake.node.expr: position
+            for position, node in enumerate(gm.graph.find_nodes(op="placeholder"))
+            if isinstance(fake := fake_value(node), torch.SymInt)
+        }
+
+    def symbols(self, args: Sequence[Any]) -> tuple[int, ...]:
+        """The values that decide every size; equal values, equal sizes."""
+        return tuple(args[position] for position in self._symbols.values())
+
+    def size(self, size: int | torch.SymInt, args: Sequence[Any]) -> int:
+        if isinstance(size, int):
+            return size
+        return int(
+            size.node.expr.subs({symbol: args[position] for symbol, position in self._symbols.items()})
+        )
+
+
+def inner_compiler(name: Literal["inductor", "aot_eager", "eager"], mode: str | None) -> Callable[..., Any]:
+    """The compiler of the rewritten graph; ``mode`` of ``torch.compile`` only means something to Inductor."""
+    if name != "inductor":
+        return lookup_backend(name)
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+
+    patches = list_mode_options(mode) if mode and mode != "default" else {}
+    return functools.partial(compile_fx, config_patches=patches)
+
+
+def through_dynamo(error: Exception) -> Exception:
+    """An error of the same class that Dynamo hands to the user as it is, not wrapped as a backend's failure."""
+    kind = type(error)
+    twin = type(kind.__name__, (kind, ShortenTraceback), {"__module__": kind.__module__})
+    passed = twin.__new__(twin)
+    passed.__dict__.update(error.__dict__, first_useful_frame=None)
+    passed.args = error.args
+    return passed

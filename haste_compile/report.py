@@ -1,0 +1,86 @@
+"""What became of every attention site of a graph, for users and for machines."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+from haste_compile.passes.base import AttentionSite, PassContext
+
+
+@dataclasses.dataclass(frozen=True)
+class SiteRecord:
+    """One attention site.
+
+    Attributes:
+        name: path of the module it runs in, or "node <name>" where the graph does not say.
+        kind: "self" or "cross".
+        status: "rewritten" or "skipped"; "eligible" in a report made without rewriting.
+        reason: why it is skipped; empty otherwise.
+        shape: [B, H, N, D] of the queries; a symbolic size by the name of its symbol.
+        dtype, device: as torch prints them, without "torch.".
+    """
+
+    name: str
+    kind: str
+    status: str
+    reason: str
+    shape: tuple[int | str, ...]
+    dtype: str
+    device: str
+
+    @classmethod
+    def of(cls, site: AttentionSite) -> SiteRecord:
+        return cls(
+            name=site.label,
+            kind=site.kind,
+            status=site.status,
+            reason=site.reason,
+            shape=tuple(size if isinstance(size, int) else str(size) for size in site.shape),
+            dtype=str(site.dtype).removeprefix("torch."),
+            device=str(site.device),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class GraphReport:
+    """The attention sites of one compiled graph, in graph order; ``str()`` gives a table."""
+
+    sites: tuple[SiteRecord, ...]
+
+    @classmethod
+    def from_context(cls, ctx: PassContext) -> GraphReport:
+        return cls(tuple(SiteRecord.of(site) for site in ctx.sites))
+
+    @property
+    def rewritten(self) -> tuple[SiteRecord, ...]:
+        return tuple(site for site in self.sites if site.status == "rewritten")
+
+    @property
+    def skipped(self) -> tuple[SiteRecord, ...]:
+        return tuple(site for site in self.sites if site.status == "skipped")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that ``json.dumps`` takes."""
+        return {
+            "sites_rewritten": len(self.rewritten),
+            "sites_skipped": len(self.skipped),
+            "sites": [dataclasses.asdict(site) | {"shape": list(site.shape)} for site in self.sites],
+        }
+
+    def __str__(self) -> str:
+        rows = [("site", "status", "shape", "dtype", "device", "reason")]
+        for site in self.sites:
+            shape = "×".join(map(str, site.shape))
+            rows.append((site.name, site.status, shape, site.dtype, site.device, site.reason))
+        head = (
+            f"{len(self.sites)} attention sites: {len(self.rewritten)} rewritten, {len(self.skipped)} skipped"
+        )
+        return "\n".join([head, *_aligned(rows)])
+
+
+def _aligned(rows: list[tuple[str, ...]]) -> Iterable[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

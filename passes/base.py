@@ -1,0 +1,241 @@
+"""What the passes share: the sites they find, how state enters the graph, and the context they run in."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, fx
+
+import haste_compile.kernels.ops  # noqa: F401  (defines torch.ops.haste)
+from haste_compile import _torch
+from haste_compile.config import HasteConfig, threshold_row
+from haste_compile.kernels.layout import COUNTER_COLUMNS, CTL_COLUMNS, Ctl
+
+Size = int | torch.SymInt
+Layout = tuple[tuple[Size, ...], torch.dtype]
+
+REFRESH = torch.ops.haste.refresh_mask_.default
+ATTENTION = torch.ops.haste.block_sparse_attention.default
+
+#: The state of a site, in the order it enters the graph. ``ctl`` is one for all sites.
+FIELDS = ("ctl", "top_p", "delta", "mask", "anchors", "counters")
+
+#: The option that fills a threshold field.
+THRESHOLD_OPTIONS = {"top_p": "top_p", "delta": "drift_threshold"}
+
+
+@dataclasses.dataclass(eq=False)
+class AttentionSite:
+    """One ``scaled_dot_product_attention`` node and what becomes of it.
+
+    Attributes:
+        node: the attention node of the graph as it came in.
+        call: its arguments.
+        name: path of the module it ran in, "blocks.0.attn1"; None when the graph does not say.
+        kind: "self" when queries and keys are projected from the same tokens, else "cross".
+        expected: fake of the node's output: the shape, strides and dtype that its users were traced with.
+        status: "found", then "eligible" or "skipped"; "eligible" becomes "rewritten".
+        reason: why it is skipped, for the user to read.
+        index: its place among the rewritten sites, in graph order.
+        inserted: what replaced the node: refresh, attention, and the nodes that lead to the output.
+    """
+
+    node: fx.Node
+    call: _torch.AttentionCall
+    name: str | None
+    kind: Literal["self", "cross"]
+    expected: Tensor
+    status: Literal["found", "eligible", "skipped", "rewritten"] = "found"
+    reason: str = ""
+    index: int | None = None
+    inserted: tuple[fx.Node, ...] = ()
+
+    @property
+    def q(self) -> fx.Node:
+        return self.call.query
+
+    @property
+    def k(self) -> fx.Node:
+        return self.call.key
+
+    @property
+    def v(self) -> fx.Node:
+        return self.call.value
+
+    @property
+    def out(self) -> fx.Node:
+        """The node that carries the attention output now."""
+        return self.inserted[-1] if self.inserted else self.node
+
+    @property
+    def query(self) -> Tensor:
+        """Fake of the queries."""
+        return _torch.fake_value(self.q)
+
+    @property
+    def shape(self) -> tuple[Size, ...]:
+        """[B, H, N, D] of the queries; symbolic where the graph serves several sizes."""
+        return tuple(self.query.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.query.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.query.device
+
+    @property
+    def scale(self) -> float:
+        """Factor on the logits; 1/√D where the call leaves it open."""
+        return self.call.scale if self.call.scale is not None else self.query.shape[-1] ** -0.5
+
+    @property
+    def label(self) -> str:
+        """The name, or where there is none, the node's name in the graph."""
+        return self.name if self.name is not None else f"node {self.node.name}"
+
+
+@dataclasses.dataclass
+class PassContext:
+    """What a run of the passes knows besides the graph.
+
+    Attributes:
+        config: the user's options.
+        dialect: "dynamo" or "export".
+        binding: how state enters the graph.
+        sites: every attention site in graph order, filled by the first pass.
+    """
+
+    config: HasteConfig
+    dialect: _torch.Dialect
+    binding: StateBinding
+    sites: list[AttentionSite] = dataclasses.field(default_factory=list)
+
+    @property
+    def rewritten(self) -> list[AttentionSite]:
+        return [site for site in self.sites if site.status == "rewritten"]
+
+
+class StateBinding(Protocol):
+    """How the state tensors of the rewritten sites enter a graph."""
+
+    def bind(self, gm: fx.GraphModule, ctx: PassContext, site: AttentionSite, field: str) -> fx.Node:
+        """The node that stands for ``field`` of ``site``; one node for all sites when it is ``ctl``."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class StateInput:
+    """Which state tensor it is; ``site_index`` is None for ``ctl``, which all sites share."""
+
+    site_index: int | None
+    field: str
+
+    @classmethod
+    def of(cls, site: AttentionSite, field: str) -> StateInput:
+        return cls(None if field == "ctl" else site.index, field)
+
+    @property
+    def name(self) -> str:
+        """Name in the graph: ``haste_ctl``, ``haste_0_mask``."""
+        return f"haste_{self.field}" if self.site_index is None else f"haste_{self.site_index}_{self.field}"
+
+
+class PlaceholderBinding:
+    """State as further inputs of a Dynamo graph, after the model's own.
+
+    A compiled graph is shared by all instances of a module, so the caller brings the state of its instance.
+
+    Attributes:
+        inputs: what the caller appends to the model's inputs, in order.
+        nodes: their placeholders; the recorded fakes give shape and dtype, symbolic where the graph is.
+    """
+
+    def __init__(self) -> None:
+        self.inputs: list[StateInput] = []
+        self.nodes: list[fx.Node] = []
+
+    def bind(self, gm: fx.GraphModule, ctx: PassContext, site: AttentionSite, field: str) -> fx.Node:
+        wanted = StateInput.of(site, field)
+        if wanted in self.inputs:
+            return self.nodes[self.inputs.index(wanted)]
+        shape, dtype = state_layout(field, site, ctx.config)
+        node = _torch.append_static_input(gm, wanted.name, _torch.empty_fake(site.query, shape, dtype))
+        self.inputs.append(wanted)
+        self.nodes.append(node)
+        return node
+
+
+class BufferBinding:
+    """State as buffers of the unlifted module of an exported program (``ExportedProgram.module()``).
+
+    Thresholds are filled in; ``ctl`` starts at slot 0 of a first video, and whoever runs the artifact writes
+    it before each call.
+
+    Attributes:
+        inputs: which buffers were registered, in order.
+    """
+
+    def __init__(self) -> None:
+        self.inputs: list[StateInput] = []
+        self._nodes: dict[StateInput, fx.Node] = {}
+
+    def bind(self, gm: fx.GraphModule, ctx: PassContext, site: AttentionSite, field: str) -> fx.Node:
+        """As ``StateBinding.bind``.
+
+        Raises:
+            ThresholdError: a threshold table does not fit the rewritten sites.
+        """
+        wanted = StateInput.of(site, field)
+        if wanted not in self._nodes:
+            gm.register_buffer(wanted.name, _initial_state(ctx, site, field))
+            with gm.graph.inserting_before(site.inserted[0]):
+                node = gm.graph.get_attr(wanted.name)
+            shape, dtype = state_layout(field, site, ctx.config)
+            _torch.set_fake_value(node, _torch.empty_fake(site.query, shape, dtype), "export")
+            self._nodes[wanted] = node
+            self.inputs.append(wanted)
+        return self._nodes[wanted]
+
+
+def state_layout(field: str, site: AttentionSite, config: HasteConfig) -> Layout:
+    """Shape and dtype of one state tensor of a site, as the ops want it."""
+    batch, heads, tokens, dim = site.shape
+    blocks = -(-tokens // config.block)
+    # AOTInductor folds mutable buffers of one element as constants: thresholds have two even for one head.
+    thresholds = heads if _torch.guarded(heads > 1) else 2
+    leading = (config.slots, batch, heads)
+    layouts: dict[str, Layout] = {
+        "ctl": ((CTL_COLUMNS,), torch.int32),
+        "top_p": ((thresholds,), torch.float32),
+        "delta": ((thresholds,), torch.float32),
+        "mask": ((*leading, blocks, -(-blocks // 32)), torch.int32),
+        "anchors": ((*leading, 2, dim), torch.float32),
+        "counters": ((*leading, COUNTER_COLUMNS), torch.int64),
+    }
+    return layouts[field]
+
+
+def same_layout(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have equal sizes, and equal strides wherever an axis has more than one element."""
+    always = _torch.always
+    return a.dim() == b.dim() and all(
+        always(m == n) and (always(m == 1) or always(s == t))
+        for m, n, s, t in zip(a.shape, b.shape, a.stride(), b.stride(), strict=True)
+    )
+
+
+def _initial_state(ctx: PassContext, site: AttentionSite, field: str) -> Tensor:
+    shape, dtype = state_layout(field, site, ctx.config)
+    tensor = torch.zeros([int(size) for size in shape], dtype=dtype, device=site.device)
+    if field == "ctl":
+        tensor[Ctl.EPOCH] = 1
+    elif field in THRESHOLD_OPTIONS and site.index is not None:
+        option = THRESHOLD_OPTIONS[field]
+        heads = int(site.shape[1])
+        row = threshold_row(option, getattr(ctx.config, option), site.index, len(ctx.rewritten), heads)
+        tensor[:heads] = torch.tensor(row)
+    return tensor
