@@ -11,9 +11,9 @@ from haste_compile.kernels.block_mask import pack_bits
 def top_p_select(scores: Tensor, top_p: Tensor) -> Tensor:
     """Keep for every row the fewest blocks, largest first, whose scores reach ``top_p`` of the row's sum.
 
-    The block that crosses the threshold is kept (XAttention §2.2). *Ours*: ties go to the lower index; a score
-    that is not a positive finite number counts as zero; a row without any positive score keeps block 0, so no
-    row is empty.
+    The block that crosses the threshold is kept (XAttention §2.2). *Ours*: ties go to the lower index; a
+    score that is not a positive finite number counts as zero; a row without any positive score keeps block 0,
+    so no row is empty.
 
     No sort: the bit pattern of a non-negative float32 orders like the number, so 31 halvings of the range of
     patterns find the smallest score that is still kept, exactly, in O(T) memory; ranking by pairwise

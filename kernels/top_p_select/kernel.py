@@ -1,0 +1,96 @@
+"""Top-p selection of key blocks, Triton: one program a row, no sort, straight to mask bits.
+
+The bit pattern of a non-negative float32 orders like the number, so 31 halvings find the smallest kept score;
+each is one comparison and one sum over a row that stays in registers.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from haste_compile.kernels.layout import COUNTER_COLUMNS, Counter, Ctl
+
+_SLOT = tl.constexpr(int(Ctl.SLOT))
+_COLUMNS = tl.constexpr(COUNTER_COLUMNS)
+_KEPT = tl.constexpr(int(Counter.KEPT))
+_KEPT_SUM = tl.constexpr(int(Counter.KEPT_SUM))
+
+
+@triton.jit
+def select_kernel(
+    scores, top_p, flags, ctl, mask, counters, heads, tokens, words,
+    BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """Grid (query blocks, B·H). BLOCKS: key blocks rounded up to a power of two, at least 32."""
+    row = tl.program_id(0)
+    rows = tl.num_programs(0)
+    head = tl.program_id(1).to(tl.int64)
+    if tl.load(flags + head) == 0:
+        return
+    key = tl.arange(0, BLOCKS)
+    score = tl.load(scores + (head * rows + row) * rows + key, mask=key < rows, other=0.0)
+    score = tl.where((score > 0) & (score < float("inf")), score, 0.0)
+    pattern = score.to(tl.int32, bitcast=True)
+    target = tl.load(top_p + head % heads) * tl.sum(score, 0)
+
+    low = 0
+    high = tl.max(pattern, 0)
+    for _ in range(31):
+        middle = low + (high - low + 1) // 2
+        enough = tl.sum(tl.where(pattern >= middle, score, 0.0), 0) >= target
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle - 1)
+
+    above = pattern > low
+    tied = pattern == low
+    tie_score = tl.max(tl.where(tied, score, 0.0), 0)
+    missing = target - tl.sum(tl.where(above, score, 0.0), 0)
+    # A row without mass has ties at 0: one block stands for it. Rounding may ask for no tie at all.
+    needed = tl.maximum(tl.ceil(missing / tl.where(tie_score > 0, tie_score, 1.0)), 1.0)
+    kept = above | (tied & (tl.cumsum(tied.to(tl.int32), 0) <= needed))
+
+    WORDS: tl.constexpr = BLOCKS // 32
+    bits = tl.reshape(kept.to(tl.int32), [WORDS, 32]) << tl.arange(0, 32)[None, :]
+    word = tl.arange(0, WORDS)
+    samples_heads = tl.num_programs(1)
+    state_head = tl.load(ctl + _SLOT).to(tl.int64) * samples_heads + head
+    tl.store(mask + (state_head * rows + row) * words + word, tl.sum(bits, 1), mask=word < words)
+
+    real_keys = tl.minimum(tokens - key * BLOCK, BLOCK)
+    pairs = tl.sum(tl.where(kept, real_keys, 0), 0).to(tl.int64) * tl.minimum(tokens - row * BLOCK, BLOCK)
+    # Sums of integers do not depend on the order of the rows: the counters stay deterministic.
+    tl.atomic_add(counters + state_head * _COLUMNS + _KEPT, pairs, sem="relaxed")
+    tl.atomic_add(counters + state_head * _COLUMNS + _KEPT_SUM, pairs, sem="relaxed")
+
+
+def select_(
+    scores: Tensor,
+    top_p: Tensor,
+    flags: Tensor,
+    ctl: Tensor,
+    mask: Tensor,
+    counters: Tensor,
+    *,
+    tokens: int,
+    block: int,
+) -> None:
+    """Write the masks of the heads that rebuild and add their token pairs to KEPT and KEPT_SUM, in place.
+
+    Args:
+        scores: fp32 [B, H, T, T], contiguous; ``top_p``: fp32 [>= H]; ``flags``: int32 [B, H].
+        ctl: int32 [8]; ``mask``: int32 [S, B, H, T, ceil(T / 32)]; ``counters``: int64 [S, B, H, 8].
+        tokens: N; ``block``: tokens a block.
+    """
+    batch, heads, blocks, _ = scores.shape
+    padded = max(32, triton.next_power_of_2(blocks))
+    select_kernel[(blocks, batch * heads)](
+        scores, top_p, flags, ctl, mask, counters, heads, tokens, mask.shape[-1],
+        BLOCK=block, BLOCKS=padded, num_warps=choose_warps(padded),
+    )  # fmt: skip
+
+
+def choose_warps(padded: int) -> int:
+    """Warps for a row of ``padded`` scores: 32 a thread; up to 1024 one warp, whose sums are shuffles."""
+    return min(8, max(1, padded // 1024))
