@@ -1,0 +1,128 @@
+"""The ``haste`` backend of ``torch.compile``: graph → PASSES → inner compiler → a callable that brings state."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from haste_compile import _torch
+from haste_compile.config import HasteConfig
+from haste_compile.errors import HasteError, StateError
+from haste_compile.passes import PassContext, PlaceholderBinding, StateInput, run_passes
+from haste_compile.report import GraphReport
+from haste_compile.state import CLOCK_INPUTS, HasteState, StateSpec, find_state
+
+logger = logging.getLogger(__name__)
+
+_reports: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter -> list[GraphReport]
+
+
+def haste(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Compile a Dynamo graph with its self-attention made block-sparse.
+
+    Args:
+        gm: the graph; it is copied, never edited.
+        example_inputs: its arguments.
+        mode: a mode of ``torch.compile`` ("reduce-overhead", "max-autotune", ...) for the inner compiler.
+        options: names and values of ``HasteConfig``.
+
+    Raises:
+        OptionError: bad options.
+        NoAttentionSitesError: the graph holds no attention that a pass can see.
+        UnsupportedSiteError: ``strict`` and a self-attention site cannot be rewritten.
+    """
+    try:
+        return _compile(gm, example_inputs, mode, HasteConfig.from_options(options))
+    except HasteError as error:
+        raise _torch.through_dynamo(error) from error.__cause__
+
+
+def reports(module: nn.Module) -> list[GraphReport]:
+    """What became of the attention sites in every graph compiled for a module, oldest first."""
+    return [report for parameter in module.parameters() for report in _reports.get(parameter) or ()]
+
+
+def _compile(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], mode: str | None, config: HasteConfig
+) -> Callable[..., Any]:
+    graph = _torch.copy_graph(gm)
+    binding = PlaceholderBinding(config)
+    context = PassContext(config=config, dialect="dynamo", binding=binding)
+    run_passes(graph, context)
+
+    anchor = _find_anchor(example_inputs)
+    report = GraphReport.of(context)
+    if anchor is not None:
+        _reports.setdefault(example_inputs[anchor], []).append(report)
+    compile_inner = _torch.inner_compiler(config.inner, mode)
+    if not report.rewritten:
+        logger.warning("haste: no attention site was rewritten, the whole graph stays dense.\n%s", report)
+        return compile_inner(graph, list(example_inputs))
+    if anchor is None:
+        raise StateError(
+            found="a graph without parameters among its inputs",
+            wanted="the graph of a module, whose parameters tell one instance from another",
+            where="the haste backend",
+            fix="Compile the transformer module itself.",
+        )
+    fakes = [_torch.fake_value(node) for node in binding.nodes]
+    compiled = compile_inner(graph, [*example_inputs, *fakes])
+    return _StatefulGraph(compiled, gm, context, binding.inputs, anchor)
+
+
+class _StatefulGraph:
+    """A compiled graph, called with the state of the module instance whose parameters it is called with.
+
+    Launches device work and reads none of it back.
+    """
+
+    def __init__(
+        self,
+        compiled: Callable[..., Any],
+        gm: fx.GraphModule,
+        context: PassContext,
+        inputs: Sequence[StateInput],
+        anchor: int,
+    ) -> None:
+        self._compiled, self._inputs, self._anchor = compiled, tuple(inputs), anchor
+        self._config, self._sites = context.config, context.rewritten
+        self._sizes = _torch.SizeReader(gm)
+        self._specs: dict[tuple[int, ...], tuple[StateSpec, ...]] = {}
+        positions = _torch.input_names(gm, CLOCK_INPUTS)
+        seen = [positions[name] for name in CLOCK_INPUTS if name in positions]
+        self._clock_inputs = tuple(seen) if len(seen) == len(CLOCK_INPUTS) else None
+
+    def __call__(self, *args: Any) -> Any:
+        state = find_state(
+            args[self._anchor], self._specs_for(args), self._config, sees_clock=self._clock_inputs is not None
+        )
+        if self._clock_inputs is not None:
+            state.clock.tick(*(args[position] for position in self._clock_inputs))
+        return self._compiled(*args, *self._state_tensors(state))
+
+    def _specs_for(self, args: Sequence[Any]) -> tuple[StateSpec, ...]:
+        key = self._sizes.symbols(args)
+        if key not in self._specs:
+            self._specs[key] = tuple(
+                StateSpec(site.label, *(self._sizes.size(n, args) for n in site.shape), device=site.device)
+                for site in self._sites
+            )
+        return self._specs[key]
+
+    def _state_tensors(self, state: HasteState) -> list[Tensor]:
+        return [state.tensor(item.site, item.field) for item in self._inputs]
+
+
+def _find_anchor(inputs: Sequence[Any]) -> int | None:
+    """Position of the input that stands for the module instance: its first parameter."""
+    return next((i for i, value in enumerate(inputs) if isinstance(value, nn.Parameter)), None)

@@ -1,0 +1,267 @@
+"""Mask state: one ``HasteState`` for each transformer instance and set of sites, found by parameter identity.
+
+Compiled graphs do not know which module instance calls them: two transformers of equal shape share one graph,
+and so do all blocks under regional compilation. So nothing that belongs to an instance is baked into the
+graph. The backend asks here at every call, with a parameter among the call's arguments as the key, and hands
+the buffers found to the graph as further inputs. Keys are weak: state dies with its transformer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from haste_compile.clock import Clock
+from haste_compile.config import HasteConfig, threshold_row
+from haste_compile.errors import StateError
+from haste_compile.kernels.layout import COUNTER_COLUMNS, Counter
+
+
+@dataclasses.dataclass(frozen=True)
+class StateSpec:
+    """What one rewritten site needs state for: its name, the attention shape [B, H, N, D] and the device."""
+
+    name: str
+    B: int
+    H: int
+    N: int
+    D: int
+    device: torch.device
+
+    def blocks(self, block: int) -> int:
+        return -(-self.N // block)
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """What the rewritten sites did in the videos that their slots still remember.
+
+    Attributes:
+        sites: names of the L sites.
+        density_by_head: [L][H], computed query-key pairs over all pairs, dense warm-up calls included.
+        refresh_rate_by_head: [L][H], rebuilds over calls.
+        calls: attention calls counted, over all sites, heads, branches and samples.
+    """
+
+    sites: tuple[str, ...]
+    density_by_head: tuple[tuple[float, ...], ...]
+    refresh_rate_by_head: tuple[tuple[float, ...], ...]
+    refreshes: int
+    calls: int
+
+    @property
+    def density(self) -> float:
+        return _mean(self.density_by_head)
+
+    @property
+    def refresh_rate(self) -> float:
+        return _mean(self.refresh_rate_by_head)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "density": self.density, "refresh_rate": self.refresh_rate}
+
+
+class HasteState(nn.Module):
+    """Thresholds and mask cache of the sites of one graph, for one transformer instance.
+
+    Every buffer has at least two elements (AOTInductor folds one-element buffers as constants) and keeps its
+    address for life (CUDA graphs). Shapes stand in ``haste_compile.kernels.ops``.
+
+    Args:
+        specs: one for each rewritten site, in graph order.
+        config: options of the compile call.
+        clock: the clock that serves these sites.
+        rows: rows of the [L][H] threshold tables that belong to the sites, and L.
+
+    Raises:
+        ThresholdError: a threshold table does not fit the sites.
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[StateSpec],
+        config: HasteConfig,
+        *,
+        clock: Clock,
+        rows: tuple[Sequence[int], int],
+    ) -> None:
+        super().__init__()
+        self.specs, self.config, self.clock = tuple(specs), config, clock
+        indices, total = rows
+        with torch.inference_mode(False):
+            for i, (spec, row) in enumerate(zip(self.specs, indices, strict=True)):
+                blocks = spec.blocks(config.block)
+                leading = (config.slots, spec.B, spec.H)
+
+                def zeros(*shape: int, dtype: torch.dtype, device: torch.device = spec.device) -> Tensor:
+                    return torch.zeros(shape, dtype=dtype, device=device)
+
+                buffers = {
+                    "top_p": _heads("top_p", config.top_p, row, total, spec),
+                    "delta": _heads("drift_threshold", config.drift_threshold, row, total, spec),
+                    "mask": zeros(*leading, blocks, -(-blocks // 32), dtype=torch.int32),
+                    "anchors": zeros(*leading, 2, spec.D, dtype=torch.float32),
+                    "counters": zeros(*leading, COUNTER_COLUMNS, dtype=torch.int64),
+                }
+                for field, tensor in buffers.items():
+                    self.register_buffer(f"{field}_{i}", tensor, persistent=False)
+
+    def tensor(self, site: int | None, field: str) -> Tensor:
+        """The buffer of a site's field; ``ctl`` belongs to the clock and to no site."""
+        return self.clock.ctl if field == "ctl" else self.get_buffer(f"{field}_{site}")
+
+    def reset(self) -> None:
+        """Forget every mask, anchor and count; thresholds stay."""
+        for name, buffer in self.named_buffers(recurse=False):
+            if name.startswith(("mask", "anchors", "counters")):
+                buffer.zero_()
+        self.clock.reset()
+
+    def counters(self) -> list[Tensor]:
+        """[S, B, H, 8] of every site, on the host."""
+        return [self.tensor(i, "counters").cpu() for i in range(len(self.specs))]
+
+    def nbytes(self) -> int:
+        return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers())
+
+
+def statistics_of(states: Iterable[HasteState]) -> Statistics:
+    """Add up the counters of ``states``; reads the device."""
+    names: list[str] = []
+    density: list[tuple[float, ...]] = []
+    rate: list[tuple[float, ...]] = []
+    refreshes = calls = 0
+    for state in states:
+        for spec, counters in zip(state.specs, state.counters(), strict=True):
+            sums = counters.sum((0, 1)).double()  # [H, 8]
+            if not sums[:, Counter.CALLS].any():
+                continue
+            names.append(spec.name)
+            density.append(tuple((sums[:, Counter.KEPT_SUM] / sums[:, Counter.PAIRS_SUM]).tolist()))
+            rate.append(tuple((sums[:, Counter.REFRESHES] / sums[:, Counter.CALLS]).tolist()))
+            refreshes += int(sums[:, Counter.REFRESHES].sum())
+            calls += int(sums[:, Counter.CALLS].sum())
+    return Statistics(tuple(names), tuple(density), tuple(rate), refreshes, calls)
+
+
+class Attachment:
+    """Ties the blocks of one transformer to one clock, for graphs that see a single block.
+
+    A block's graph sees neither timestep nor text. A forward pre-hook on the transformer, which runs
+    outside of the compiled blocks, ticks the clock instead. Without an attachment such graphs rebuild
+    every mask at every call.
+    """
+
+    def __init__(self, transformer: nn.Module, blocks: Sequence[nn.Module]) -> None:
+        self.blocks = len(blocks)
+        self.clocks: dict[tuple[Any, ...], Clock] = {}
+        self.hook = transformer.register_forward_pre_hook(self._tick, with_kwargs=True)
+        self.parameters = [weakref.ref(p) for block in blocks for p in block.parameters()]
+        for index, block in enumerate(blocks):
+            for parameter in block.parameters():
+                _attachments[parameter] = (self, index)
+
+    def clock(self, config: HasteConfig, device: torch.device) -> Clock:
+        key = (config.slots, config.warmup_steps, device)
+        if key not in self.clocks:
+            self.clocks[key] = Clock(slots=config.slots, warmup_steps=config.warmup_steps, device=device)
+        return self.clocks[key]
+
+    def _tick(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call = {**dict(zip(CLOCK_INPUTS, args, strict=False)), **kwargs}
+        tensors = [call.get(name) for name in CLOCK_INPUTS]
+        for clock in self.clocks.values():
+            if all(isinstance(tensor, Tensor) for tensor in tensors):
+                clock.tick(*tensors)  # type: ignore[arg-type]
+            else:
+                clock.untracked()
+
+    def detach(self) -> None:
+        self.hook.remove()
+        for reference in self.parameters:
+            parameter = reference()
+            if parameter is not None:
+                _attachments.pop(parameter, None)
+                _states.pop(parameter, None)
+
+
+#: The transformer's arguments that the clock reads, in the order of its ``forward``.
+CLOCK_INPUTS = ("hidden_states", "timestep", "encoder_hidden_states")
+
+_states: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter -> {(specs, config): HasteState}
+_attachments: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter -> (Attachment, index of its block)
+
+
+def find_state(
+    anchor: Tensor, specs: tuple[StateSpec, ...], config: HasteConfig, *, sees_clock: bool
+) -> HasteState:
+    """The state of the instance that ``anchor`` belongs to, made at the first call.
+
+    Args:
+        anchor: a parameter of the instance, as the compiled graph receives it.
+        specs: the graph's rewritten sites.
+        config: the graph's options.
+        sees_clock: the graph itself sees latents, timestep and text.
+    """
+    states = _states.get(anchor)
+    if states is None:
+        states = _states[anchor] = {}
+    state = states.get((specs, config))
+    if state is None:
+        state = states[(specs, config)] = _make_state(anchor, specs, config, sees_clock)
+    return state
+
+
+def _make_state(
+    anchor: Tensor, specs: tuple[StateSpec, ...], config: HasteConfig, sees_clock: bool
+) -> HasteState:
+    device = specs[0].device
+    attached = _attachments.get(anchor)
+    if sees_clock or attached is None:
+        clock = Clock(slots=config.slots, warmup_steps=config.warmup_steps, device=device)
+        return HasteState(specs, config, clock=clock, rows=(range(len(specs)), len(specs)))
+    attachment, index = attached
+    named = tuple(dataclasses.replace(spec, name=f"blocks.{index}.{spec.name}") for spec in specs)
+    if len(specs) != 1:
+        raise StateError(
+            found=f"{len(specs)} rewritten sites in one block",
+            wanted="one self-attention for each block",
+            where=f"block {index}",
+            fix="Compile the whole transformer instead of its blocks.",
+        )
+    return HasteState(
+        named, config, clock=attachment.clock(config, device), rows=((index,), attachment.blocks)
+    )
+
+
+def states_of(module: nn.Module) -> Iterator[HasteState]:
+    """Every state that belongs to ``module``'s parameters, in the order of its parameters."""
+    for parameter in module.parameters():
+        yield from (_states.get(parameter) or {}).values()
+
+
+def statistics(module: nn.Module) -> Statistics:
+    """Density and refresh rate of a transformer's sites, in the videos that its slots remember."""
+    return statistics_of(states_of(module))
+
+
+def reset(module: nn.Module) -> None:
+    """Forget every mask and video of a transformer. Not needed between videos: the clock tells them apart."""
+    for state in states_of(module):
+        state.reset()
+
+
+def _heads(name: str, thresholds: Any, row: int, total: int, spec: StateSpec) -> Tensor:
+    values = threshold_row(name, thresholds, row, total, spec.H)
+    return torch.tensor(values + values[:1] * (spec.H == 1), dtype=torch.float32, device=spec.device)
+
+
+def _mean(rows: tuple[tuple[float, ...], ...]) -> float:
+    values = [value for row in rows for value in row]
+    return sum(values) / len(values) if values else float("nan")
