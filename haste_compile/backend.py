@@ -1,4 +1,4 @@
-"""The ``haste`` backend of ``torch.compile``: graph → PASSES → inner compiler → a callable that brings state."""
+"""The ``haste`` backend of ``torch.compile``: graph → PASSES → inner compiler → callable with state."""
 
 from __future__ import annotations
 
@@ -98,9 +98,8 @@ class _StatefulGraph:
         self._config, self._sites = context.config, context.rewritten
         self._sizes = _torch.SizeReader(gm)
         self._specs: dict[tuple[int, ...], tuple[StateSpec, ...]] = {}
-        positions = _torch.input_names(gm, CLOCK_INPUTS)
-        seen = [positions[name] for name in CLOCK_INPUTS if name in positions]
-        self._clock_inputs = tuple(seen) if len(seen) == len(CLOCK_INPUTS) else None
+        seen = _torch.argument_positions(gm, CLOCK_INPUTS)
+        self._clock_inputs = tuple(seen.values()) if len(seen) == len(CLOCK_INPUTS) else None
 
     def __call__(self, *args: Any) -> Any:
         state = find_state(

@@ -1,6 +1,6 @@
-"""State belongs to one transformer instance, one CFG branch and one video: results never depend on what ran before.
+"""State belongs to one transformer instance, one CFG branch and one video: no result depends on the past.
 
-Each test compares bits. The sampler is a plain Euler loop with classifier-free guidance, so that every call is seen.
+Each test compares bits. The sampler is a plain Euler loop with classifier-free guidance: every call is seen.
 """
 
 from __future__ import annotations
