@@ -1,17 +1,16 @@
 """Every private or version-dependent name of torch that the graph side of this package relies on.
 
-Two dialects of FX graph meet here. "dynamo": what a ``torch.compile`` backend receives (Python functions as
-targets, fakes in ``meta["example_value"]``). "export": what ``torch.export`` makes (aten overloads as targets,
-fakes in ``meta["val"]``).
-Each function is pinned by ``tests/test_torch_private.py``, so a new torch version that moves something fails
-there, with the name of what moved, and not inside a user's compile.
+Two dialects of FX graph meet here. "dynamo": what a ``torch.compile`` backend receives, with Python
+functions as targets and fakes in ``meta["example_value"]``. "export": what ``torch.export`` makes, with aten
+overloads as targets and fakes in ``meta["val"]``. Each function is pinned by ``tests/test_torch_private.py``,
+so a new torch version that moves something fails there, with the name of what moved, and not inside a user's
+compile.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, cast
@@ -21,11 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.exc import ShortenTraceback
-from torch._dynamo.backends.registry import lookup_backend
-from torch._dynamo.exc import ShortenTraceback
-from torch._dynamo.source import DictGetItemSource, GetItemSource, LocalSource, SyntheticLocalSource
+from torch._dynamo.source import SyntheticLocalSource
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false, statically_known_true
+from torch.utils._pytree import tree_leaves
 
 from haste_compile.errors import HasteError, OptionError
 
@@ -104,8 +102,10 @@ def evaluate(node: fx.Node, known: Mapping[fx.Node, Any] | None = None) -> Any:
         return known[n] if n in known else fake_value(n)
 
     args, kwargs = fx.map_arg((node.args, node.kwargs), value)
-    fakes = [value(n) for n in node.all_input_nodes if isinstance(value(n), FakeTensor)]
-    with torch.no_grad(), fakes[0].fake_mode:
+    # The mode of the recorded fakes: Dynamo has set up another one by the time it calls a backend.
+    leaves = tree_leaves([value(n) for n in node.all_input_nodes])
+    fake_mode = next(leaf.fake_mode for leaf in leaves if isinstance(leaf, FakeTensor))
+    with torch.no_grad(), fake_mode:
         return cast(Any, node.target)(*args, **kwargs)
 
 
@@ -168,31 +168,49 @@ def module_path(node: fx.Node) -> str | None:
     return ".".join(step for step in steps if step not in _BOOKKEEPING) or None
 
 
-def input_names(gm: fx.GraphModule, positional: Sequence[str] = ()) -> dict[str, int]:
-    """Where the arguments of the traced function stand among a Dynamo graph's inputs: name → position.
+# Where a graph input comes from: L['timestep'], L['kwargs']['timestep'] or L['args'][1].
+_KEYWORD_INPUT = re.compile(r"^L(?:\['kwargs'\])?\['(\w+)'\]$")
+_POSITIONAL_INPUT = re.compile(r"^L\['args'\]\[(\d+)\]$")
+
+
+def argument_positions(gm: fx.GraphModule, signature: Sequence[str]) -> dict[str, int]:
+    """Which graph inputs are the named arguments of the compiled function; unseen ones are left out.
 
     Args:
-        gm: a graph from Dynamo.
-        positional: names of the function's parameters in order, which a decorated
-            ``forward(self, *args, **kwargs)`` hides.
+        gm: a Dynamo graph.
+        signature: the function's argument names in order, for calls that pass them by position.
     """
-    names: dict[str, int] = {}
+    found: dict[str, int] = {}
     for position, node in enumerate(gm.graph.find_nodes(op="placeholder")):
-        source = getattr(node, "_dynamo_source", None)
-        if isinstance(source, LocalSource):
-            names[source.local_name] = position
-        elif isinstance(source, (GetItemSource, DictGetItemSource)) and isinstance(source.base, LocalSource):
-            holder, key = source.base.local_name, source.index
-            if holder == "kwargs" and isinstance(key, str):
-                names[key] = position
-            elif holder == "args" and isinstance(key, int) and key < len(positional):
-                names[positional[key]] = position
-    return names
+        name = node._dynamo_source.name
+        source = name() if callable(name) else name  # a method up to torch 2.11, a property since
+        if match := _KEYWORD_INPUT.match(source):
+            found.setdefault(match[1], position)
+        elif (match := _POSITIONAL_INPUT.match(source)) and int(match[1]) < len(signature):
+            found.setdefault(signature[int(match[1])], position)
+    return {name: found[name] for name in signature if name in found}
 
 
-def size_hint(size: int | torch.SymInt) -> int:
-    """The size that the graph was traced with; adds no guard."""
-    return size if isinstance(size, int) else int(size.node.hint)
+class SizeReader:
+    """Works out the traced graph's symbolic sizes from the arguments of a call."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self._symbols = {
+            fake.node.expr: position
+            for position, node in enumerate(gm.graph.find_nodes(op="placeholder"))
+            if isinstance(fake := fake_value(node), torch.SymInt)
+        }
+
+    def symbols(self, args: Sequence[Any]) -> tuple[int, ...]:
+        """The values that decide every size; equal values, equal sizes."""
+        return tuple(args[position] for position in self._symbols.values())
+
+    def size(self, size: int | torch.SymInt, args: Sequence[Any]) -> int:
+        if isinstance(size, int):
+            return size
+        return int(
+            size.node.expr.subs({symbol: args[position] for symbol, position in self._symbols.items()})
+        )
 
 
 InnerCompiler = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
@@ -233,69 +251,3 @@ def through_dynamo(error: HasteError) -> HasteError:
     twin = Exception.__new__(type(kind.__name__, (kind, ShortenTraceback), names), *error.args)
     twin.__dict__.update(error.__dict__, first_useful_frame=None)
     return twin
-
-
-# Where a graph input comes from: L['timestep'], L['kwargs']['timestep'] or L['args'][1].
-_KEYWORD_INPUT = re.compile(r"^L(?:\['kwargs'\])?\['(\w+)'\]$")
-_POSITIONAL_INPUT = re.compile(r"^L\['args'\]\[(\d+)\]$")
-
-
-def argument_positions(gm: fx.GraphModule, signature: Sequence[str]) -> dict[str, int]:
-    """Which graph inputs are the named arguments of the compiled function; those it does not see are left out.
-
-    Args:
-        gm: a Dynamo graph.
-        signature: the function's argument names in order, for calls that pass them by position.
-    """
-    found: dict[str, int] = {}
-    for position, node in enumerate(gm.graph.find_nodes(op="placeholder")):
-        name = node._dynamo_source.name
-        source = name() if callable(name) else name  # a method up to torch 2.11, a property since
-        if match := _KEYWORD_INPUT.match(source):
-            found.setdefault(match[1], position)
-        elif (match := _POSITIONAL_INPUT.match(source)) and int(match[1]) < len(signature):
-            found.setdefault(signature[int(match[1])], position)
-    return {name: found[name] for name in signature if name in found}
-
-
-class SizeReader:
-    """Works out the traced graph's symbolic sizes from the arguments of a call."""
-
-    def __init__(self, gm: fx.GraphModule) -> None:
-        self._symbols = {
-            fake.node.expr: position
-            for position, node in enumerate(gm.graph.find_nodes(op="placeholder"))
-            if isinstance(fake := fake_value(node), torch.SymInt)
-        }
-
-    def symbols(self, args: Sequence[Any]) -> tuple[int, ...]:
-        """The values that decide every size; equal values, equal sizes."""
-        return tuple(args[position] for position in self._symbols.values())
-
-    def size(self, size: int | torch.SymInt, args: Sequence[Any]) -> int:
-        if isinstance(size, int):
-            return size
-        return int(
-            size.node.expr.subs({symbol: args[position] for symbol, position in self._symbols.items()})
-        )
-
-
-def inner_compiler(name: Literal["inductor", "aot_eager", "eager"], mode: str | None) -> Callable[..., Any]:
-    """The compiler of the rewritten graph; ``mode`` of ``torch.compile`` only means something to Inductor."""
-    if name != "inductor":
-        return lookup_backend(name)
-    from torch._inductor import list_mode_options
-    from torch._inductor.compile_fx import compile_fx
-
-    patches = list_mode_options(mode) if mode and mode != "default" else {}
-    return functools.partial(compile_fx, config_patches=patches)
-
-
-def through_dynamo(error: Exception) -> Exception:
-    """An error of the same class that Dynamo hands to the user as it is, not wrapped as a backend's failure."""
-    kind = type(error)
-    twin = type(kind.__name__, (kind, ShortenTraceback), {"__module__": kind.__module__})
-    passed = twin.__new__(twin)
-    passed.__dict__.update(error.__dict__, first_useful_frame=None)
-    passed.args = error.args
-    return passed

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from torch import fx
 
-from haste_compile.passes.base import PassContext
+from haste_compile.passes.base import BufferBinding, PassContext, PlaceholderBinding, StateInput
 from haste_compile.passes.bind_state import bind_state
 from haste_compile.passes.check_eligibility import check_eligibility
 from haste_compile.passes.dump import GraphDump
@@ -33,7 +33,20 @@ PASSES = (
     verify_graph,
 )
 
-__all__ = ["PASSES", "run_passes", *(run.__name__ for run in PASSES)]
+__all__ = [
+    "PASSES",
+    "BufferBinding",
+    "PassContext",
+    "PlaceholderBinding",
+    "StateInput",
+    "bind_state",
+    "check_eligibility",
+    "find_attention_sites",
+    "remove_dead_nodes",
+    "rewrite_self_attention",
+    "run_passes",
+    "verify_graph",
+]
 
 
 def run_passes(gm: fx.GraphModule, ctx: PassContext) -> None:

@@ -39,8 +39,8 @@ def find_attention_sites(gm: fx.GraphModule, ctx: PassContext) -> None:
             found="no scaled_dot_product_attention in the traced graph",
             wanted="at least one attention site",
             where="graph of " + type(gm).__name__,
-            fix="Compile the transformer itself. diffusers attention backends such as 'flex' or 'sage' leave no "
-            "such node: call transformer.set_attention_backend('native') before compiling.",
+            fix="Compile the transformer itself. diffusers attention backends such as 'flex' or 'sage' leave "
+            "no such node: call transformer.set_attention_backend('native') before compiling.",
         )
 
 
