@@ -56,12 +56,12 @@ def _compile(
     gm: fx.GraphModule, example_inputs: Sequence[Any], mode: str | None, config: HasteConfig
 ) -> Callable[..., Any]:
     graph = _torch.copy_graph(gm)
-    binding = PlaceholderBinding(config)
+    binding = PlaceholderBinding()
     context = PassContext(config=config, dialect="dynamo", binding=binding)
     run_passes(graph, context)
 
     anchor = _find_anchor(example_inputs)
-    report = GraphReport.of(context)
+    report = GraphReport.from_context(context)
     if anchor is not None:
         _reports.setdefault(example_inputs[anchor], []).append(report)
     compile_inner = _torch.inner_compiler(config.inner, mode)
@@ -119,7 +119,7 @@ class _StatefulGraph:
         return self._specs[key]
 
     def _state_tensors(self, state: HasteState) -> list[Tensor]:
-        return [state.tensor(item.site, item.field) for item in self._inputs]
+        return [state.tensor(item.site_index, item.field) for item in self._inputs]
 
 
 def _find_anchor(inputs: Sequence[Any]) -> int | None:
