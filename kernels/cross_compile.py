@@ -2,12 +2,10 @@
 
 A launch configuration that does not fit (too much shared memory, a spilled accumulator, a loop that was not
 warp-specialised, ``wgmma`` missing) is found here, on the CPU, and not by the first user with that GPU.
-The compiler runs in a child process for two reasons: ``TRITON_INTERPRET=1``, which tests of the numerics need,
-turns off compilation for the whole life of a process; and the child can be given another Triton version.
+The compiler runs in a child process for two reasons: ``TRITON_INTERPRET=1``, which tests of the numerics
+need, turns off compilation for the whole life of a process; and the child can be given another Triton.
 
-    compiled = compile_for(
-        my_kernel, {"x": "*bf16:16", "stride": "i64:16", "n": "i32"}, {"BLOCK": 128}, num_warps=4, num_stages=2
-    )
+    compiled = compile_for(my_kernel, {"x": "*bf16:16", "n": "i32"}, {"BLOCK": 128}, num_warps=4)
     assert "wgmma" in compiled.ptx and compiled.spill_bytes == 0
 """
 
