@@ -1,4 +1,4 @@
-"""The comparison page in headless Chromium: the clips play, the slider keeps them in step, nothing is remote."""
+"""The comparison page in headless Chromium: clips play, the slider keeps them in step, nothing is remote."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
         frames=FRAMES,
         figures={"Density": "41 %", "PSNR": "31.2 dB", "Mask rebuilds": "23 %", "Speed": "1.31×"},
         sites=tuple(f"blocks.{i}.attn1" for i in range(8)),
-        density_by_head=tuple(tuple((l * 6 + h) / 47 for h in range(6)) for l in range(8)),
+        density_by_head=tuple(tuple((6 * layer + head) / 47 for head in range(6)) for layer in range(8)),
         refreshes_by_step=tuple(1.0 / (1 + step) for step in range(22)),
         step_seconds={
             "Dense": tuple(2.4 + 0.1 * (s % 3) for s in range(22)),
@@ -134,7 +134,7 @@ def test_slider_and_keys_move_every_clip(opened: Any) -> None:
 
 
 def test_slider_shows_different_frames_of_the_clip(opened: Any) -> None:
-    """The picture itself moves with the slider: a decoder stuck on frame 0 would pass a test of times alone."""
+    """The picture itself moves: a decoder stuck on frame 0 would pass a test of times alone."""
     pixels = []
     for frame in (0, 20):
         opened.execute_script(f"seek({frame})")

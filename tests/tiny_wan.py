@@ -18,7 +18,10 @@ LAYERS, HEADS, HEAD_DIM = 2, 2, 64
 LATENT_CHANNELS = 4
 TEXT_DIM = 32
 
-_WORDS = "a red green blue yellow circle square triangle moves left right up down and , .".split()
+_WORDS = (
+    *("a", "red", "green", "blue", "yellow", "circle", "square", "triangle"),
+    *("moves", "left", "right", "up", "down", "and", ",", "."),
+)
 
 
 def build_transformer(seed: int = 0, **changes: Any) -> Any:

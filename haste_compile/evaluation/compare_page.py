@@ -72,7 +72,8 @@ def _card(label: str, value: str) -> str:
 def _clip(index: int, caption: str, mp4: bytes) -> str:
     source = base64.b64encode(mp4).decode("ascii")
     return (
-        f'<figure><video id="clip{index}" muted playsinline preload="auto" aria-label="{html.escape(caption)}" '
+        f'<figure><video id="clip{index}" muted playsinline preload="auto" '
+        f'aria-label="{html.escape(caption)}" '
         f'src="data:video/mp4;base64,{source}"></video><figcaption>{html.escape(caption)}</figcaption></figure>'
     )
 

@@ -23,7 +23,8 @@ def write_mp4(path: Path, video: np.ndarray, *, fps: int, crf: int = 16) -> None
     Raises:
         InputError: another shape or dtype, or an odd size, which 4:2:0 cannot hold.
     """
-    if video.ndim != 4 or video.shape[-1] != 3 or video.dtype.kind != "f" or any(n % 2 for n in video.shape[1:3]):
+    is_video = video.ndim == 4 and video.shape[-1] == 3 and video.dtype.kind == "f"
+    if not is_video or any(n % 2 for n in video.shape[1:3]):
         raise InputError(
             found=f"{video.dtype} {list(video.shape)}",
             wanted="float frames [F, H, W, 3] with even H and W",

@@ -1,0 +1,327 @@
+"""The command ``haste``. Exit codes: 0 done, 1 done but a check failed, 2 bad input."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+import haste_compile
+from haste_compile.errors import HasteError, OptionError
+
+app = typer.Typer(
+    name="haste",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="""Wan video generation with head-wise adaptive block-sparse attention, through torch.compile.
+
+Start with `haste demo`: it needs no download and no GPU. Then `haste explain --model FOLDER` tells what would
+become of your own model, and `haste generate --model FOLDER --prompt "..."` makes a video with it.
+
+Exit codes: 0 done, 1 done but a check failed, 2 bad input.""",
+)
+
+_Model = Annotated[
+    Path | None,
+    typer.Option(help="A diffusers folder or hub id of a Wan pipeline. Default: the embedded nano-wan."),
+]
+_Prompt = Annotated[
+    str | None, typer.Option(help="What the video shows; nano-wan knows coloured shapes that move.")
+]
+_Seed = Annotated[int, typer.Option(help="Seed of the initial noise.")]
+_Steps = Annotated[int | None, typer.Option(help="Denoising steps. Default: what suits the model.")]
+_Guidance = Annotated[float | None, typer.Option(help="Guidance scale; 1 switches guidance off.")]
+_Height = Annotated[int | None, typer.Option(help="Pixels, a multiple of 16.")]
+_Width = Annotated[int | None, typer.Option(help="Pixels, a multiple of 16.")]
+_Frames = Annotated[int | None, typer.Option(help="Frames, a multiple of 4 plus 1.")]
+_Device = Annotated[str | None, typer.Option(help="cpu or cuda. Default: cuda where there is one.")]
+_Options = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--option", "-o", metavar="NAME=VALUE", help="An option of the backend: -o top_p=0.8. Repeatable."
+    ),
+]
+_Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, nothing else.")]
+
+_errors = Console(stderr=True)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the four files.")] = Path("outputs/demo"),
+    model: _Model = None,
+    prompt: _Prompt = None,
+    seed: _Seed = 0,
+    steps: _Steps = None,
+    guidance: _Guidance = None,
+    height: _Height = None,
+    width: _Width = None,
+    frames: _Frames = None,
+    device: _Device = None,
+    option: _Options = None,
+    as_json: _Json = False,
+) -> None:
+    """Generate one video dense and with HASTE, and compare them.
+
+    Writes `dense.mp4`, `haste.mp4`, `compare.html` (open it in a browser) and `summary.json`.
+    Both runs are compiled and start from the same noise. Exit code 1 says that a check failed.
+    """
+    from haste_compile.demo import run_demo
+    from haste_compile.generation import default_options
+    from haste_compile.loading import NANO_WAN, pick_device
+
+    chosen = model or NANO_WAN
+    request = _request(chosen, prompt, seed, steps, guidance, height, width, frames)
+    options = {**default_options(chosen), **_parse_options(option)}
+    with _progress() as report:
+        summary = run_demo(chosen, request, options, out=out, device=pick_device(device), progress=report)
+    if as_json:
+        print(json.dumps(summary, indent=2))
+    else:
+        _print_summary(summary, out)
+    if not all(summary["checks"].values()):
+        raise typer.Exit(1)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Option(help="What the video shows.")],
+    model: _Model = None,
+    dense: Annotated[bool, typer.Option("--dense", help="Leave attention dense, for comparison.")] = False,
+    out: Annotated[Path, typer.Option(help="The MP4 file to write.")] = Path("outputs/video.mp4"),
+    image: Annotated[Path | None, typer.Option(help="First frame, for image-to-video models.")] = None,
+    seed: _Seed = 0,
+    steps: _Steps = None,
+    guidance: _Guidance = None,
+    height: _Height = None,
+    width: _Width = None,
+    frames: _Frames = None,
+    device: _Device = None,
+    option: _Options = None,
+    as_json: _Json = False,
+) -> None:
+    """Generate one video with your own model.
+
+    With `--dense` the same compiled pipeline runs without HASTE.
+    """
+    from haste_compile.generation import default_options
+    from haste_compile.generation import generate as run
+    from haste_compile.loading import NANO_WAN, default_dtype, import_optional, load_pipeline, pick_device
+    from haste_compile.output import new_file
+    from haste_compile.pipeline import find_transformers, optimize
+
+    import_optional("av", extra="demo")
+    from haste_compile.evaluation.video import write_mp4
+
+    chosen = model or NANO_WAN
+    request = _request(chosen, prompt, seed, steps, guidance, height, width, frames)
+    request = dataclasses.replace(request, image=image)
+    options = _parse_options(option)
+    if dense and options:
+        raise OptionError(
+            found="--dense with --option",
+            wanted="one of the two",
+            where="haste generate",
+            fix="Drop one of them.",
+        )
+    target = pick_device(device)
+    with new_file(out) as path, _progress() as report:
+        report("loading", 0, 1)
+        pipe = load_pipeline(chosen, device=target, dtype=default_dtype(target))
+        handle = None
+        if dense:
+            for transformer in find_transformers(pipe).values():
+                transformer.compile(backend="inductor", dynamic=False)
+        else:
+            handle = optimize(pipe, **{**default_options(chosen), **options})
+        report("compiling and generating", 0, request.steps)
+        result = run(pipe, request, lambda step: report("generating", step + 1, request.steps))
+        report("writing", request.steps, request.steps)
+        write_mp4(path, result.video, fps=request.fps)
+    facts: dict[str, Any] = {"file": str(out), "dense": dense, "steps": request.steps}
+    facts["seconds"] = result.seconds
+    if handle is not None:
+        facts["statistics"] = {name: figures.to_dict() for name, figures in handle.statistics().items()}
+    if as_json:
+        print(json.dumps(facts, indent=2))
+    else:
+        print(f"{out}: {request.steps} steps in {result.seconds:.1f} s, compilation included")
+        if handle is not None:
+            print(handle.summary())
+
+
+@app.command()
+def explain(
+    model: _Model = None,
+    height: _Height = None,
+    width: _Width = None,
+    frames: _Frames = None,
+    device: _Device = None,
+    option: _Options = None,
+    as_json: _Json = False,
+) -> None:
+    """Tell what would become of every attention site, before anything is compiled.
+
+    Only the model's configuration is read, no weights, and nothing is computed: a 14B model takes half a
+    minute and needs no GPU; give `--device cuda` to ask about one that is elsewhere.
+    """
+    from haste_compile.explain import explain as run
+    from haste_compile.generation import default_options, default_request
+    from haste_compile.loading import NANO_WAN, default_dtype, known_device, transformer_structures
+
+    chosen = model or NANO_WAN
+    size = default_request(chosen)
+    options = {**default_options(chosen), **_parse_options(option)}
+    target = known_device(device)
+    explanations = {}
+    with _progress() as report:
+        report("reading the model", 0, 1)
+        structures = transformer_structures(chosen, dtype=default_dtype(target))
+        for done, (name, transformer) in enumerate(structures.items()):
+            report(f"tracing {name}", done, len(structures))
+            explained = run(
+                transformer,
+                height=height or size.height,
+                width=width or size.width,
+                num_frames=frames or size.frames,
+                device=target,
+                **options,
+            )
+            explanations[name] = explained["transformer"]
+    if as_json:
+        print(json.dumps({name: found.to_dict() for name, found in explanations.items()}, indent=2))
+        return
+    for name, explanation in explanations.items():
+        print(f"{name}: {explanation}")
+
+
+@app.command()
+def doctor(as_json: _Json = False) -> None:
+    """Tell what is installed, whether it is supported, and what will run where."""
+    from haste_compile import doctor as module
+
+    result = module.examine()
+    facts = module.to_dict(result)
+    if as_json:
+        print(json.dumps(facts, indent=2))
+    else:
+        table = Table("what", "found", "verdict", "note", box=None, pad_edge=False)
+        colours = {"ok": "green", "missing": "yellow", "wrong": "red"}
+        for check in result:
+            verdict = f"[{colours[check.verdict]}]{check.verdict}[/]"
+            table.add_row(check.name, check.found, verdict, check.note)
+        Console().print(table)
+    if not facts["ok"]:
+        raise typer.Exit(1)
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(f"haste_compile {haste_compile.__version__}")
+        raise typer.Exit()
+
+
+def main() -> None:
+    """Entry point: typed errors become one message on stderr and exit code 2."""
+    try:
+        app()
+    except HasteError as error:
+        _errors.print(f"[bold red]{type(error).__name__}[/]", end=" ")
+        _errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
+
+
+def _request(
+    model: Path,
+    prompt: str | None,
+    seed: int,
+    steps: int | None,
+    guidance: float | None,
+    height: int | None,
+    width: int | None,
+    frames: int | None,
+) -> Any:
+    from haste_compile.generation import default_request
+
+    given = {
+        "prompt": prompt,
+        "seed": seed,
+        "steps": steps,
+        "guidance": guidance,
+        "height": height,
+        "width": width,
+        "frames": frames,
+    }
+    changes = {name: value for name, value in given.items() if value is not None}
+    return dataclasses.replace(default_request(model), **changes)
+
+
+def _parse_options(pairs: list[str] | None) -> dict[str, Any]:
+    """NAME=VALUE pairs; a value is JSON where it can be, else text. Validated before any work is done."""
+    from haste_compile.config import HasteConfig
+
+    options: dict[str, Any] = {}
+    for pair in pairs or []:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise OptionError(
+                found=repr(pair), wanted="NAME=VALUE", where="--option", fix="Write it like -o top_p=0.8."
+            )
+        try:
+            options[name] = json.loads(value)
+        except json.JSONDecodeError:
+            options[name] = value
+    HasteConfig.from_options(options)
+    return options
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Any]:
+    """A progress bar on stderr: call it with what is going on, steps done, steps in all."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=_errors, transient=not _errors.is_terminal) as progress:
+        tasks: dict[str, Any] = {}
+
+        def report(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                for task in tasks.values():
+                    progress.stop_task(task)
+                tasks[what] = progress.add_task(what)
+            progress.update(tasks[what], completed=done, total=total)
+
+        yield report
+
+
+def _print_summary(summary: dict[str, Any], out: Path) -> None:
+    console = Console()
+    psnr = "equal" if summary["psnr_db"] is None else f"{summary['psnr_db']:.2f} dB"
+    dense, haste = summary["dense_seconds"], summary["haste_seconds"]
+    skipped = len(summary["sites_skipped"])
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for label, value in (
+        ("prompt", summary["prompt"]),
+        ("attention sites", f"{summary['sites_rewritten']} rewritten, {skipped} left dense"),
+        ("density", f"{summary['density']:.1%} of query-key pairs"),
+        ("masks rebuilt", f"{summary['refresh_rate']:.1%} of head calls"),
+        ("PSNR, SSIM to dense", f"{psnr}, {summary['ssim']:.4f}"),
+        ("denoising, dense", f"{dense:.1f} s"),
+        ("denoising, HASTE", f"{haste:.1f} s ({dense / haste:.2f}× as fast)"),
+        ("device", summary["device"]),
+        ("files", str(out)),
+    ):
+        table.add_row(label, value)
+    console.print(table)
+    for name, passed in summary["checks"].items():
+        console.print(f"[green]ok[/]      {name}" if passed else f"[red]failed[/]  {name}")

@@ -1,0 +1,210 @@
+"""``explain``: what the passes would make of a transformer, before anything is compiled or computed."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from haste_compile import _torch
+from haste_compile.config import HasteConfig
+from haste_compile.loading import find_transformers
+from haste_compile.passes import check_eligibility, find_attention_sites
+from haste_compile.passes.base import FIELDS, PassContext, PlaceholderBinding, state_layout
+from haste_compile.report import GraphReport
+
+#: Pixels and frames for one latent position of Wan 2.1's VAE, used where no VAE is at hand.
+VAE_SCALES = (4, 8)
+#: Length of the text that Wan pipelines pad prompts to, and of the CLIP image embedding of image-to-video.
+TEXT_TOKENS, IMAGE_TOKENS = 512, 257
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """What one transformer would become.
+
+    Attributes:
+        report: every attention site and its fate; "rewritten" means that it would be.
+        tokens: video tokens N of a rewritten site; 0 if none is rewritten.
+        blocks: blocks of queries, and of keys.
+        state_bytes: memory of masks, anchors and counters.
+        flops: floating-point operations of one forward, matrix products and convolutions only.
+        attention_flops: the part of ``flops`` in the sites that would be rewritten.
+    """
+
+    report: GraphReport
+    tokens: int
+    blocks: int
+    state_bytes: int
+    flops: int
+    attention_flops: int
+
+    @property
+    def attention_share(self) -> float:
+        return self.attention_flops / self.flops if self.flops else 0.0
+
+    def ceiling(self, density: float) -> float:
+        """Amdahl's bound on the speed-up of one forward when a share ``density`` of attention is left.
+
+        It counts matrix products only, so that normalisation, rotary embedding and the predictor, which take
+        time too, put the real figure below it.
+        """
+        return 1.0 / (1.0 - self.attention_share * (1.0 - density))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "report": self.report.to_dict(),
+            "tokens": self.tokens,
+            "blocks": self.blocks,
+            "state_bytes": self.state_bytes,
+            "flops": self.flops,
+            "attention_share": self.attention_share,
+            "ceiling": {str(density): self.ceiling(density) for density in (0.5, 0.25, 0.0)},
+        }
+
+    def __str__(self) -> str:
+        ceilings = ", ".join(f"{self.ceiling(rest):.2f}× at density {rest:g}" for rest in (0.5, 0.25, 0.0))
+        memory = f"{self.state_bytes / 2**20:.1f} MiB"
+        return "\n".join(
+            [
+                str(self.report),
+                f"tokens {self.tokens:,} in {self.blocks:,} blocks; mask state {memory}",
+                f"{self.flops / 1e12:.3g} TFLOP a forward, {self.attention_share:.0%} of it in these sites: "
+                f"at most {ceilings}",
+            ]
+        )
+
+
+def explain(
+    pipe_or_transformer: Any,
+    *,
+    height: int,
+    width: int,
+    num_frames: int,
+    device: torch.device | str | None = None,
+    **options: Any,
+) -> dict[str, Explanation]:
+    """Trace the transformers for a video of that size and tell every attention site's fate.
+
+    The graph is traced with the real module, LoRA and fused projections included, and never run. A module on
+    the meta device needs no weights.
+
+    Args:
+        pipe_or_transformer: as for ``optimize``.
+        height, width, num_frames: of the video, in pixels and frames.
+        device: the device it would run on; by default the module's own. Needed on the meta device.
+        options: fields of ``HasteConfig``.
+
+    Returns:
+        component name -> explanation.
+
+    Raises:
+        OptionError: bad options, or no transformer in the argument.
+        NoAttentionSitesError: the traced graph has no attention that a pass can see.
+        UnsupportedSiteError: ``strict`` and a self-attention site would be skipped.
+    """
+    config = HasteConfig.from_options(options)
+    scales = (
+        getattr(pipe_or_transformer, "vae_scale_factor_temporal", VAE_SCALES[0]),
+        getattr(pipe_or_transformer, "vae_scale_factor_spatial", VAE_SCALES[1]),
+    )
+    latent_size = ((num_frames - 1) // scales[0] + 1, height // scales[1], width // scales[1])
+    return {
+        name: _explain(transformer, latent_size, config, device)
+        for name, transformer in find_transformers(pipe_or_transformer).items()
+    }
+
+
+def _explain(
+    transformer: nn.Module,
+    latent_size: tuple[int, int, int],
+    config: HasteConfig,
+    device: torch.device | str | None,
+) -> Explanation:
+    graph = trace(transformer, example_inputs(transformer, latent_size))
+    if device is not None:
+        _move_fakes(graph, torch.device(device))
+    context = PassContext(config=config, dialect="dynamo", binding=PlaceholderBinding())
+    find_attention_sites(graph, context)
+    check_eligibility(graph, context)
+    eligible = [site for site in context.sites if site.status == "eligible"]
+    tensors = {
+        (None if field == "ctl" else site.index, field): state_layout(field, site, config)
+        for site in eligible
+        for field in FIELDS
+    }
+    tokens = max((int(site.shape[2]) for site in eligible), default=0)
+    return Explanation(
+        report=_in_prospect(GraphReport.from_context(context)),
+        tokens=tokens,
+        blocks=-(-tokens // config.block),
+        state_bytes=sum(math.prod(map(int, shape)) * dtype.itemsize for shape, dtype in tensors.values()),
+        flops=sum(_flops(node) for node in graph.graph.nodes),
+        attention_flops=sum(_flops(site.node) for site in eligible),
+    )
+
+
+def _in_prospect(report: GraphReport) -> GraphReport:
+    prospect = {"eligible": "rewritten", "skipped": "skipped"}
+    return GraphReport(
+        tuple(dataclasses.replace(site, status=prospect[site.status]) for site in report.sites)
+    )
+
+
+def example_inputs(transformer: nn.Module, latent_size: tuple[int, int, int]) -> dict[str, Any]:
+    """Keyword arguments of one call of a Wan transformer, zeros, for latents of [frames, height, width]."""
+    config: Any = transformer.config
+    parameter = next(transformer.parameters())
+    make = {"device": parameter.device, "dtype": parameter.dtype}
+    inputs: dict[str, Any] = {
+        "hidden_states": torch.zeros(1, config.in_channels, *latent_size, **make),
+        "timestep": torch.zeros(1, device=parameter.device),
+        "encoder_hidden_states": torch.zeros(1, TEXT_TOKENS, config.text_dim, **make),
+        "return_dict": False,
+    }
+    if config.image_dim is not None:
+        inputs["encoder_hidden_states_image"] = torch.zeros(1, IMAGE_TOKENS, config.image_dim, **make)
+    return inputs
+
+
+def trace(transformer: nn.Module, inputs: dict[str, Any]) -> fx.GraphModule:
+    """The Dynamo graph of one call; nothing is computed and the transformer stays as it is."""
+    captured: list[fx.GraphModule] = []
+
+    def capture(gm: fx.GraphModule, _inputs: Sequence[Any]) -> Callable[..., Any]:
+        captured.append(_torch.copy_graph(gm))
+        output = next(node for node in gm.graph.nodes if node.op == "output")
+        fakes = [_torch.fake_value(node) for node in output.args[0]]
+        return lambda *_args: tuple(torch.zeros(f.shape, dtype=f.dtype, device=f.device) for f in fakes)
+
+    with torch.no_grad():
+        torch.compile(transformer.forward, backend=capture, fullgraph=True, dynamic=False)(**inputs)
+    return captured[0]
+
+
+def _move_fakes(graph: fx.GraphModule, device: torch.device) -> None:
+    """Let every traced tensor stand for one on ``device``, which need not exist here."""
+    for node in graph.graph.nodes:
+        fake = node.meta.get("example_value")
+        if isinstance(fake, Tensor):
+            with fake.fake_mode:  # type: ignore[attr-defined]
+                moved = torch.empty_strided(fake.shape, fake.stride(), dtype=fake.dtype, device=device)
+            _torch.set_fake_value(node, moved, "dynamo")
+
+
+def _flops(node: fx.Node) -> int:
+    """Two for each multiply-add of a matrix product, convolution or attention; nothing for the rest."""
+    call = _torch.attention_call(node)
+    if call is not None:
+        query, key, value = (_torch.fake_value(n) for n in (call.query, call.key, call.value))
+        return 2 * math.prod(query.shape[:-1]) * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+    if node.target in (F.linear, torch.conv3d):
+        weight = _torch.fake_value(node.all_input_nodes[1])
+        output = _torch.fake_value(node)
+        return 2 * output.numel() * math.prod(weight.shape[1:])
+    return 0

@@ -1,0 +1,178 @@
+"""``optimize``: compile a pipeline's transformers in place with the haste backend, and undo it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Literal
+
+from torch import nn
+
+from haste_compile import backend, state
+from haste_compile.config import HasteConfig
+from haste_compile.errors import OptionError, StateError
+from haste_compile.explain import Explanation, explain
+from haste_compile.loading import find_transformers
+from haste_compile.report import GraphReport
+from haste_compile.state import Attachment, Statistics
+
+
+def optimize(
+    pipe_or_transformer: Any,
+    *,
+    compile: Literal["whole", "blocks"] = "whole",
+    mode: str | None = None,
+    dynamic: bool | None = False,
+    **options: Any,
+) -> Handle:
+    """Compile the self-attention of a pipeline's transformers to adaptive block-sparse attention, in place.
+
+    The pipeline keeps its modules and its type: only ``Module.compile`` is used, so LoRA, offloading,
+    schedulers and callbacks go on working. Compilation itself happens at the first call.
+
+    Args:
+        pipe_or_transformer: a diffusers pipeline (``transformer``, and ``transformer_2`` for Wan 2.2), or
+            one transformer module.
+        compile: "whole" traces each transformer as one graph. "blocks" compiles one block and reuses it for
+            all: the first call is much faster, later calls a little slower.
+        mode: mode of ``torch.compile`` for the inner compiler, such as "reduce-overhead".
+        dynamic: as in ``torch.compile``; False compiles once for each video size.
+        options: fields of ``HasteConfig``.
+
+    Returns:
+        A handle to look at the result and to undo it; also a context manager that undoes it at the end.
+
+    Raises:
+        OptionError: an unknown or bad option, or nothing to compile in the argument.
+        StateError: a transformer is compiled already, by ``optimize`` or otherwise.
+    """
+    config = HasteConfig.from_options(options)
+    if compile not in ("whole", "blocks"):
+        raise OptionError(
+            found=repr(compile),
+            wanted="'whole' or 'blocks'",
+            where="option compile",
+            fix="Correct the value.",
+        )
+    transformers = find_transformers(pipe_or_transformer)
+    targets = {
+        name: [transformer] if compile == "whole" else _repeated_blocks(name, transformer)
+        for name, transformer in transformers.items()
+    }
+    for name, transformer in transformers.items():
+        if any(module._compiled_call_impl is not None for module in [transformer, *targets[name]]):
+            raise StateError(
+                found="a transformer that is compiled already",
+                wanted="one that is not",
+                where=f"optimize(), {name}",
+                fix="Call restore() on the earlier handle, or do not call .compile() on it yourself.",
+            )
+    compiler = _backend(config, mode)
+    attachments = []
+    for name, transformer in transformers.items():
+        if compile == "blocks":
+            attachments.append(Attachment(transformer, targets[name]))
+        for module in targets[name]:
+            module.compile(backend=compiler, dynamic=dynamic)
+    compiled = [module for modules in targets.values() for module in modules]
+    return Handle(pipe_or_transformer, config, transformers, compiled, attachments)
+
+
+class Handle:
+    """What ``optimize`` returns: the state of the compiled transformers, and the way back.
+
+    Attributes:
+        config: the options, validated and complete.
+        transformers: component name -> module.
+    """
+
+    def __init__(
+        self,
+        target: Any,
+        config: HasteConfig,
+        transformers: dict[str, nn.Module],
+        compiled: list[nn.Module],
+        attachments: list[Attachment],
+    ) -> None:
+        self.config, self.transformers = config, transformers
+        self._target, self._compiled, self._attachments = target, compiled, attachments
+
+    def reports(self) -> dict[str, list[GraphReport]]:
+        """What became of every attention site, for each graph compiled so far: none before the first call."""
+        return {name: backend.reports(module) for name, module in self.transformers.items()}
+
+    def statistics(self) -> dict[str, Statistics]:
+        """Densities and refresh rates of the videos still remembered. Reads the device."""
+        return {
+            name: state.statistics_of(s for s in state.states_of(module) if s.config == self.config)
+            for name, module in self.transformers.items()
+        }
+
+    def explain(self, *, height: int, width: int, num_frames: int) -> dict[str, Explanation]:
+        """What a video of that size would become under these options; see ``haste_compile.explain``."""
+        options = dataclasses.asdict(self.config)
+        return explain(self._target, height=height, width=width, num_frames=num_frames, **options)
+
+    def summary(self) -> str:
+        """Sites, density and refresh rate of each transformer, as text for people. Reads the device."""
+        lines = []
+        statistics = self.statistics()
+        for name, reports in self.reports().items():
+            if not reports:
+                lines.append(f"{name}: not called yet, nothing is compiled")
+                continue
+            rewritten = sum(len(report.rewritten) for report in reports)
+            skipped = [site for report in reports for site in report.skipped]
+            lines.append(f"{name}: {rewritten} attention sites rewritten, {len(skipped)} left dense")
+            reasons = [site.reason for site in skipped]
+            lines += [f"  {reasons.count(reason):4} × {reason}" for reason in dict.fromkeys(reasons)]
+            figures = statistics[name]
+            if figures.calls:
+                lines.append(
+                    f"  density {figures.density:.1%} of query-key pairs, masks rebuilt in "
+                    f"{figures.refresh_rate:.1%} of {figures.calls} head calls"
+                )
+        return "\n".join(lines)
+
+    def reset(self) -> None:
+        """Forget every mask. Not needed between videos: they are told apart without help."""
+        for module in self.transformers.values():
+            state.reset(module)
+
+    def restore(self) -> None:
+        """Make the transformers what they were: eager and dense. A second call does nothing."""
+        for module in self._compiled:
+            # The attribute that Module.compile sets; torch offers no public way to unset it.
+            module._compiled_call_impl = None
+        for attachment in self._attachments:
+            attachment.detach()
+        self._compiled, self._attachments = [], []
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.restore()
+
+
+def _repeated_blocks(name: str, transformer: nn.Module) -> list[nn.Module]:
+    kinds = getattr(transformer, "_repeated_blocks", None) or ()
+    blocks = [module for module in transformer.modules() if type(module).__name__ in kinds]
+    if not blocks:
+        raise OptionError(
+            found=f"a {type(transformer).__name__} that names no repeated blocks",
+            wanted="a diffusers transformer with _repeated_blocks",
+            where=f"optimize(compile='blocks'), {name}",
+            fix="Use compile='whole'.",
+        )
+    return blocks
+
+
+@functools.cache
+def _backend(config: HasteConfig, mode: str | None) -> Callable[..., Any]:
+    # One object for equal options: Dynamo shares graphs only between calls with the same backend object.
+    return functools.partial(backend.haste, mode=mode, options=config.to_options())
