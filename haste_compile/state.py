@@ -143,7 +143,8 @@ def statistics_of(states: Iterable[HasteState]) -> Statistics:
             if not sums[:, Counter.CALLS].any():
                 continue
             names.append(spec.name)
-            density.append(tuple((sums[:, Counter.KEPT_SUM] / sums[:, Counter.PAIRS_SUM]).tolist()))
+            pairs = sums[:, Counter.CALLS] * spec.N**2
+            density.append(tuple((sums[:, Counter.KEPT_SUM] / pairs).tolist()))
             rate.append(tuple((sums[:, Counter.REFRESHES] / sums[:, Counter.CALLS]).tolist()))
             refreshes += int(sums[:, Counter.REFRESHES].sum())
             calls += int(sums[:, Counter.CALLS].sum())
