@@ -1,6 +1,6 @@
 """Which key blocks each query block keeps, as bits (the cached form) and as lists (what attention walks).
 
-The list form is FlexAttention's and FlashAttention-4's (counts and ascending indices), so both can check ours.
+The list form (counts and ascending indices) is FlexAttention's and FlashAttention-4's: both can check ours.
 """
 
 from __future__ import annotations

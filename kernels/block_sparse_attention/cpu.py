@@ -1,8 +1,8 @@
 """Block-sparse attention on the CPU: PyTorch's own flash kernel over just the kept keys.
 
 Query blocks of all heads that keep the same number of keys form a bucket. A bucket's kept key blocks are
-gathered, a cache-sized piece at a time, and attended as one batch: no padding, and nothing masked is computed.
-Query blocks that keep every key need no gathering. Reads the mask on the host.
+gathered, a cache-sized piece at a time, and attended as one batch: no padding, no masked work. Query blocks
+that keep every key need no gathering. Reads the mask on the host.
 """
 
 from __future__ import annotations
@@ -122,5 +122,5 @@ def _blocks(x: Tensor, block: int) -> Tensor:
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """The kernel behind ``F.scaled_dot_product_attention`` on the CPU, which also returns the LSE [B, H, N]."""
+    """The kernel behind ``F.scaled_dot_product_attention`` on the CPU, with its LSE [B, H, N]."""
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, scale=scale)

@@ -1,0 +1,235 @@
+"""Block-sparse attention, Triton: one program for each query block of each head.
+
+A program walks the ascending list of its kept key blocks with an online softmax (Milakov and Gimelshein 2018,
+in FlashAttention-2's order of operations), so its time follows the number of kept blocks. On Hopper the loop
+is warp-specialised: a producer warp group keeps TMA loads of K and V in flight, and two consumer warp groups
+of 64 query rows each do ``wgmma`` and softmax, one's softmax under the other's products.
+
+Triton's Hopper pass (3.6 and 3.7) puts narrow limits on the loop, each found by reading what it generates:
+a branch inside the loop switches specialisation off, a second loop or a tile loaded through plain pointers
+crashes it, and Q through a host-made descriptor is split between the consumers without splitting the
+descriptor, which writes past the tile. Hence one loop, no branch, and Q's descriptor made on the device.
+"""
+
+from __future__ import annotations
+
+import contextvars
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from haste_compile.errors import InputError
+from haste_compile.kernels.block_mask import BlockMask
+from haste_compile.kernels.block_sparse_attention.launch import Launch, choose_launch
+
+_LOG2_E = tl.constexpr(1.4426950408889634)
+_LN_2 = tl.constexpr(0.6931471805599453)
+#: Added to the score of a key that does not exist. Finite: the tensor cores add it to a sum of products.
+_NO_KEY = tl.constexpr(-3.0e38)
+
+
+@triton.jit
+def _load_rows(
+    source, batch, head, start, stride_b, stride_h, stride_n, tokens,
+    BLOCK: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Rows ``start .. start + BLOCK`` of one head, [BLOCK, D]; rows past the last token are zero."""
+    if TMA:
+        return source.load([batch, head, start, 0]).reshape([BLOCK, D])
+    else:
+        rows = start + tl.arange(0, BLOCK)
+        base = source + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
+        pointers = base + rows.to(tl.int64)[:, None] * stride_n + tl.arange(0, D)[None, :]
+        return tl.load(pointers, mask=rows[:, None] < tokens, other=0.0)
+
+
+@triton.jit(do_not_specialize=["tokens", "key_blocks"])
+def block_sparse_attention_kernel(
+    q, k, v, out, lse, counts, indices,
+    stride_qb, stride_qh, stride_qn,
+    stride_kb, stride_kh, stride_kn,
+    stride_vb, stride_vh, stride_vn,
+    stride_ob, stride_oh, stride_on,
+    tokens, key_blocks, scale,
+    BLOCK: tl.constexpr, D: tl.constexpr, RAGGED: tl.constexpr,
+    TMA: tl.constexpr, WARP_SPECIALIZE: tl.constexpr,
+):  # fmt: skip
+    """Attend one query block. Grid (Tq, H, B): rows of a head run side by side and meet in L2 on its K and V.
+
+    Args:
+        q, out: pointers to [B, H, N, D], last stride 1.
+        k, v: the same, or TMA descriptors of [B, H, N, D] with box [1, 1, BLOCK, D] when ``TMA``.
+        lse: pointer to fp32 [B, H, N], contiguous.
+        counts, indices: pointers to int32 [B, H, Tq] and [B, H, Tq, key_blocks], contiguous.
+        tokens: N. key_blocks: Tk. scale: factor of q·k, > 0.
+        RAGGED: N is no multiple of BLOCK.
+    """
+    block_row = tl.program_id(0)
+    head = tl.program_id(1)
+    batch = tl.program_id(2)
+    row = (batch.to(tl.int64) * tl.num_programs(1) + head) * tl.num_programs(0) + block_row
+    kept = tl.load(counts + row)
+    row_indices = indices + row * key_blocks
+    start = block_row * BLOCK
+    columns = tl.arange(0, BLOCK)
+
+    if TMA:
+        rows_of_head = tl.make_tensor_descriptor(
+            q + batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh,
+            shape=[tokens, D], strides=[stride_qn, 1], block_shape=[BLOCK, D],
+        )  # fmt: skip
+        queries = rows_of_head.load([start, 0])
+    else:
+        queries = _load_rows(q, batch, head, start, stride_qb, stride_qh, stride_qn, tokens, BLOCK, D, False)
+    if RAGGED:
+        # Indices ascend, so only the last step can meet the block that reaches past the last token.
+        ragged_step = tl.where(tl.load(row_indices + kept - 1) == key_blocks - 1, kept - 1, -1)
+        ragged_size = tokens - (key_blocks - 1) * BLOCK
+
+    # Scores are kept in units of log2: exp2 then needs no multiplication by log2(e) for every score.
+    scale_log2 = scale * _LOG2_E
+    row_max = tl.full([BLOCK], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK], tl.float32)
+    accumulator = tl.zeros([BLOCK, D], tl.float32)
+    for step in tl.range(0, kept, warp_specialize=WARP_SPECIALIZE):
+        key_start = tl.load(row_indices + step) * BLOCK
+        keys = _load_rows(k, batch, head, key_start, stride_kb, stride_kh, stride_kn, tokens, BLOCK, D, TMA)
+        scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
+        if RAGGED:
+            # One compare a column, not a score: the sum becomes the initial accumulator of the product.
+            size = tl.where(step == ragged_step, ragged_size, BLOCK)
+            scores += tl.where(columns < size, 0.0, _NO_KEY)[None, :]
+        new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2)
+        weights = tl.exp2(scores * scale_log2 - new_max[:, None])
+        rescale = tl.exp2(row_max - new_max)
+        row_sum = row_sum * rescale + tl.sum(weights, 1)
+        accumulator = accumulator * rescale[:, None]
+        values = _load_rows(v, batch, head, key_start, stride_vb, stride_vh, stride_vn, tokens, BLOCK, D, TMA)
+        accumulator = tl.dot(weights.to(values.dtype), values, accumulator, input_precision="ieee")
+        row_max = new_max
+
+    rows = start + columns
+    inside = rows < tokens
+    head_row = batch.to(tl.int64) * tl.num_programs(1) + head
+    tl.store(lse + head_row * tokens + rows, (row_max + tl.log2(row_sum)) * _LN_2, mask=inside)
+    result = (accumulator * (1.0 / row_sum)[:, None]).to(out.dtype.element_ty)
+    base = out + batch.to(tl.int64) * stride_ob + head.to(tl.int64) * stride_oh
+    pointers = base + rows.to(tl.int64)[:, None] * stride_on + tl.arange(0, D)[None, :]
+    tl.store(pointers, result, mask=inside[:, None])
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask,
+    *,
+    block: int,
+    scale: float,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
+    launch: Launch | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As :func:`reference.attend`, on the current stream and without a host read.
+
+    Args:
+        q, k, v: [B, H, N, D], bf16 or fp16 (fp32 under Triton's interpreter), last stride 1, D 64 or 128.
+        mask: lists of kept key blocks, contiguous; every row keeps a block.
+        block: tokens a block, 64 or 128.
+        scale: factor of q·k, > 0.
+        out: like q; made here when None.
+        lse: fp32 [B, H, N], contiguous; made here when None.
+        launch: parameters other than :func:`launch.choose_launch`'s.
+
+    Returns:
+        out, lse.
+
+    Raises:
+        InputError: a dtype, stride, block, head dim or scale that the kernel does not take.
+    """
+    batch, heads, tokens, dim = q.shape
+    _check(q, k, v, mask, block, scale)
+    out = torch.empty_like(q) if out is None else out
+    lse = q.new_empty((batch, heads, tokens), dtype=torch.float32) if lse is None else lse
+    if launch is None:
+        launch = choose_launch(
+            torch.cuda.get_device_capability(q.device) if q.is_cuda else (9, 0),  # interpreted: Hopper's path
+            block=block,
+            dim=dim,
+            itemsize=q.element_size(),
+            tma_ready=all(map(_tma_ready, (q, k, v))),
+        )
+    arguments = (
+        q,
+        _descriptor(k, block) if launch.tma else k,
+        _descriptor(v, block) if launch.tma else v,
+        out, lse, mask.counts, mask.indices,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
+        tokens, mask.indices.shape[-1], scale,
+    )  # fmt: skip
+
+    def start() -> None:
+        if launch.tma:
+            # The descriptor of Q that each program makes lives in scratch that the caller must provide. The
+            # allocator is a context variable: set in a copy of the context, it stays out of other kernels.
+            triton.set_allocator(lambda size, _align, _stream: q.new_empty(size, dtype=torch.int8))
+        block_sparse_attention_kernel[(mask.indices.shape[2], heads, batch)](
+            *arguments,
+            BLOCK=block,
+            D=dim,
+            RAGGED=tokens % block != 0,
+            TMA=launch.tma,
+            WARP_SPECIALIZE=launch.warp_specialize,
+            num_warps=launch.num_warps,
+            num_stages=launch.num_stages,
+        )
+
+    contextvars.copy_context().run(start)
+    return out, lse
+
+
+def _descriptor(x: Tensor, block: int) -> TensorDescriptor:
+    """TMA descriptor of [B, H, N, D]; its third bound clips the ragged last block of every head alike."""
+    # The stride along an axis of one element is free, and some views put there what TMA does not take.
+    strides = [step if size > 1 else x.shape[-1] for step, size in zip(x.stride(), x.shape, strict=True)]
+    return TensorDescriptor(x, list(x.shape), [*strides[:3], 1], [1, 1, block, x.shape[-1]])
+
+
+def _tma_ready(x: Tensor) -> bool:
+    steps = (step for step, size in zip(x.stride()[:3], x.shape, strict=False) if size > 1)
+    return x.data_ptr() % 16 == 0 and all(step * x.element_size() % 16 == 0 for step in steps)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, block: int, scale: float) -> None:
+    where = "kernel of block_sparse_attention"
+    dtypes = (torch.bfloat16, torch.float16) if q.is_cuda else (torch.float16, torch.float32)
+    if q.dtype not in dtypes or k.dtype != q.dtype or v.dtype != q.dtype:
+        raise InputError(
+            found=f"dtypes {q.dtype}, {k.dtype}, {v.dtype}",
+            wanted="one of " + ", ".join(map(str, dtypes)),
+            where=where,
+            fix="Convert q, k and v.",
+        )
+    if block not in (64, 128) or mask.block != block or q.shape[-1] not in (64, 128):
+        raise InputError(
+            found=f"block {block}, mask of blocks of {mask.block}, head dim {q.shape[-1]}",
+            wanted="blocks of 64 or 128 and a head dim of 64 or 128",
+            where=where,
+            fix="Leave this site dense.",
+        )
+    if any(x.stride(-1) != 1 for x in (q, k, v)):
+        raise InputError(
+            found=f"last strides {q.stride(-1)}, {k.stride(-1)}, {v.stride(-1)}",
+            wanted="1",
+            where=where,
+            fix="Make q, k and v contiguous along the head dim.",
+        )
+    if not (mask.counts.is_contiguous() and mask.indices.is_contiguous()):
+        raise InputError(
+            found="strided lists", wanted="contiguous lists", where=where, fix="Call .contiguous() on both."
+        )
+    if scale <= 0:
+        raise InputError(found=f"scale {scale}", wanted="a scale above 0", where=where, fix="Negate q.")

@@ -1,0 +1,61 @@
+"""Launch parameters of the block-sparse attention kernel, computed from what the GPU can do.
+
+The features follow from the compute capability and the stages from shared memory, never from a device's name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+#: Shared memory a thread block may use, bytes, by compute capability (CUDA C Programming Guide, "Technical
+#: Specifications per Compute Capability"); capabilities not listed get the smallest.
+_SHARED_MEMORY = {
+    (8, 0): 163 << 10,
+    (8, 7): 163 << 10,
+    (9, 0): 227 << 10,
+    (10, 0): 227 << 10,
+    (10, 3): 227 << 10,
+}
+_SMALLEST_SHARED_MEMORY = 99 << 10
+
+#: What Triton adds to the tiles: barriers, scratch of reductions and of the output's layout change.
+_MARGIN = 18 << 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """How the kernel runs.
+
+    Attributes:
+        tma: load Q, K and V through tensor memory descriptors.
+        warp_specialize: one producer warp group for the loads and two consumer warp groups for the rest.
+            Triton's Hopper pass needs ``tma``, 4 warps and 128 query rows (64 for each consumer; with 64
+            rows in all, both consumers would compute all of them).
+        num_warps, num_stages: as Triton means them.
+    """
+
+    tma: bool
+    warp_specialize: bool
+    num_warps: int
+    num_stages: int
+
+
+def choose_launch(
+    capability: tuple[int, int], *, block: int, dim: int, itemsize: int, tma_ready: bool
+) -> Launch:
+    """Launch parameters for one compute capability and problem.
+
+    Args:
+        capability: (major, minor) of the device.
+        block: tokens a block, 64 or 128; the tile is block × block.
+        dim: head dim D.
+        itemsize: bytes an element.
+        tma_ready: addresses and strides are multiples of 16 bytes.
+    """
+    tile = block * dim * itemsize
+    available = _SHARED_MEMORY.get(capability, _SMALLEST_SHARED_MEMORY) - _MARGIN - tile  # Q stays
+    stages = max(1, min(4, available // (2 * tile)))  # a stage holds one tile of K and one of V
+    tma = capability[0] == 9 and tma_ready
+    warp_specialize = tma and block == 128
+    num_warps = 8 if block == 128 and not warp_specialize else 4
+    return Launch(tma=tma, warp_specialize=warp_specialize, num_warps=num_warps, num_stages=stages)
