@@ -128,7 +128,7 @@ def sample_scenes(
     while missing > 0:
         batch = 16 * missing + 16 if unseen else 2 * missing + 16
         draw = Scenes(
-            count=torch.multinomial(torch.tensor(weights), batch, replacement=True, generator=generator) + 1,
+            count=torch.multinomial(torch.tensor(weights, dtype=torch.float32), batch, replacement=True, generator=generator) + 1,
             colour=torch.rand(batch, len(COLOURS), generator=generator).argsort(1)[:, :MAX_OBJECTS],
             shape=torch.randint(len(SHAPES), (batch, MAX_OBJECTS), generator=generator),
             direction=torch.randint(len(DIRECTIONS), (batch, MAX_OBJECTS), generator=generator),
