@@ -246,8 +246,11 @@ def through_dynamo(error: HasteError) -> HasteError:
     ``ShortenTraceback``. The result is both, so ``except UnsupportedSiteError`` works around a compiled call.
     """
     kind = type(error)
-    # Pickling goes by the plain type: this one has no importable name.
-    names = {"__module__": kind.__module__, "__reduce__": lambda self: error.__reduce__()}
+    names = {
+        "__module__": kind.__module__,
+        "__str__": lambda self: str(error),  # Dynamo appends advice on its own log switches
+        "__reduce__": lambda self: error.__reduce__(),  # this type has no importable name
+    }
     twin = Exception.__new__(type(kind.__name__, (kind, ShortenTraceback), names), *error.args)
     twin.__dict__.update(error.__dict__, first_useful_frame=None)
     return twin

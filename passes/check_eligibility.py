@@ -70,9 +70,9 @@ def _why_not(site: AttentionSite, gm: fx.GraphModule, ctx: PassContext) -> str |
         return f"attention dropout {call.dropout_p}"
     if isinstance(call.scale, fx.Node):
         return "the softmax scale is computed in the graph"
-    if query.dim() != 4:
-        return f"{query.dim()} dimensions instead of [batch, heads, tokens, head dim]"
-    if call.enable_gqa is not False or not always(query.shape[1] == key.shape[1]):
+    if not query.dim() == key.dim() == value.dim() == 4:
+        return f"queries {_sizes(query)} instead of [batch, heads, tokens, head dim]"
+    if not always(query.shape[1] == key.shape[1]):
         return f"grouped-query attention ({query.shape[1]} query heads, {key.shape[1]} key heads)"
     if query.shape[-1] not in HEAD_DIMS:
         return f"head dim {query.shape[-1]} is not one of {', '.join(map(str, HEAD_DIMS))}"

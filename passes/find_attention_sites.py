@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from haste_compile import _torch
-from haste_compile.errors import NoAttentionSitesError
+from haste_compile.errors import GraphContractError, NoAttentionSitesError
 from haste_compile.passes.base import AttentionSite, PassContext
 
 _LINEAR_TARGETS = (F.linear, torch.ops.aten.linear.default, torch.ops.aten.addmm.default)
@@ -32,6 +32,7 @@ def find_attention_sites(gm: fx.GraphModule, ctx: PassContext) -> None:
 
     Raises:
         NoAttentionSitesError: there is none; some attention backends leave no such node.
+        GraphContractError: the graph records no shapes.
     """
     ctx.sites = [_read_site(node, call) for node, call in _attention_nodes(gm)]
     if not ctx.sites:
@@ -54,12 +55,20 @@ def _attention_nodes(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, _torch.Atten
 
 
 def _read_site(node: fx.Node, call: _torch.AttentionCall) -> AttentionSite:
+    expected = _torch.fake_value(node)
+    if not isinstance(expected, Tensor):
+        raise GraphContractError(
+            found=f"node {node.name} without a recorded shape",
+            wanted="a graph traced by torch.compile or torch.export",
+            where="input graph",
+            fix="Let torch.compile call the backend instead of calling it on a graph of your own.",
+        )
     return AttentionSite(
         node=node,
         call=call,
         name=_torch.module_path(node),
         kind=_kind(call),
-        expected=_torch.fake_value(node),
+        expected=expected,
     )
 
 
