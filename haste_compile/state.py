@@ -159,29 +159,25 @@ class Attachment:
     every mask at every call.
     """
 
-    def __init__(self, transformer: nn.Module, blocks: Sequence[nn.Module]) -> None:
-        self.blocks = len(blocks)
-        self.clocks: dict[tuple[Any, ...], Clock] = {}
+    def __init__(self, transformer: nn.Module, blocks: Sequence[nn.Module], config: HasteConfig) -> None:
+        self.blocks, self.config = len(blocks), config
+        self._clocks: dict[torch.device, Clock] = {}
         self.hook = transformer.register_forward_pre_hook(self._tick, with_kwargs=True)
         self.parameters = [weakref.ref(p) for block in blocks for p in block.parameters()]
         for index, block in enumerate(blocks):
             for parameter in block.parameters():
                 _attachments[parameter] = (self, index)
 
-    def clock(self, config: HasteConfig, device: torch.device) -> Clock:
-        key = (config.slots, config.warmup_steps, device)
-        if key not in self.clocks:
-            self.clocks[key] = Clock(slots=config.slots, warmup_steps=config.warmup_steps, device=device)
-        return self.clocks[key]
+    def clock(self, device: torch.device) -> Clock:
+        if device not in self._clocks:
+            slots, warmup_steps = self.config.slots, self.config.warmup_steps
+            self._clocks[device] = Clock(slots=slots, warmup_steps=warmup_steps, device=device)
+        return self._clocks[device]
 
     def _tick(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call = {**dict(zip(CLOCK_INPUTS, args, strict=False)), **kwargs}
-        tensors = [call.get(name) for name in CLOCK_INPUTS]
-        for clock in self.clocks.values():
-            if all(isinstance(tensor, Tensor) for tensor in tensors):
-                clock.tick(*tensors)  # type: ignore[arg-type]
-            else:
-                clock.untracked()
+        latents, timestep, text = (call[name] for name in CLOCK_INPUTS)
+        self.clock(latents.device).tick(latents, timestep, text)
 
     def detach(self) -> None:
         self.hook.remove()
@@ -228,6 +224,13 @@ def _make_state(
         clock = Clock(slots=config.slots, warmup_steps=config.warmup_steps, device=device)
         return HasteState(specs, config, clock=clock, rows=(range(len(specs)), len(specs)))
     attachment, index = attached
+    if config != attachment.config:
+        raise StateError(
+            found="blocks compiled with other options than their transformer was attached with",
+            wanted="one set of options",
+            where=f"block {index}",
+            fix="Give haste_compile.optimize(..., compile='blocks') the options, and compile no block yourself.",
+        )
     named = tuple(dataclasses.replace(spec, name=f"blocks.{index}.{spec.name}") for spec in specs)
     if len(specs) != 1:
         raise StateError(
@@ -237,7 +240,7 @@ def _make_state(
             fix="Compile the whole transformer instead of its blocks.",
         )
     return HasteState(
-        named, config, clock=attachment.clock(config, device), rows=((index,), attachment.blocks)
+        named, config, clock=attachment.clock(device), rows=((index,), attachment.blocks)
     )
 
 
