@@ -46,7 +46,7 @@ def choose_tile(capability: int, element_size: int, per_block: int) -> Tile:
     return Tile(128, 128, 32, num_warps=8, num_stages=3)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first"])
 def group_lse_kernel(
     q, k, flags, lse,
     stride_qb, stride_qh, stride_qn,
@@ -115,7 +115,7 @@ def group_lse_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first"])
 def normalise_kernel(
     lse, flags, scores, first, tokens,
     STRIDE: tl.constexpr, PER_BLOCK: tl.constexpr, TILE: tl.constexpr,

@@ -25,17 +25,15 @@ def block_scores(q: Tensor, k: Tensor, *, block: int, stride: int) -> Tensor:
         [B, H, T, T], T = ceil(N / block), float32 (float64 for float64 input); a row sums to the number of
         query groups in its block that hold a real token.
     """
-    batch, heads, tokens, dim = q.shape
-    blocks = -(-tokens // block)
-    groups = blocks * block // stride
+    tokens, dim = q.shape[2:]
+    blocks, groups, per_block = -(-tokens // block), -(-tokens // stride), block // stride
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    pad = (0, 0, 0, blocks * block - tokens)
-    grouped_q = torch.nn.functional.pad(q.to(wide), pad).reshape(batch, heads, groups, stride, dim)
-    grouped_k = torch.nn.functional.pad(k.to(wide), pad).reshape(batch, heads, groups, stride, dim)
+    pad = (0, 0, 0, groups * stride - tokens)  # completes a ragged last group; no group is all padding
+    grouped_q = torch.nn.functional.pad(q.to(wide), pad).unflatten(2, (groups, stride))
+    grouped_k = torch.nn.functional.pad(k.to(wide), pad).unflatten(2, (groups, stride))
 
-    pairs = grouped_q.flip(3).flatten(3) @ grouped_k.flatten(3).transpose(2, 3)
-    real = torch.arange(groups, device=q.device) * stride < tokens
-    mass = torch.softmax((pairs / (math.sqrt(dim) * stride)).masked_fill(~real, -math.inf), dim=-1)
-    mass = mass.masked_fill(~real[:, None], 0.0)
-    per_block = block // stride
-    return mass.reshape(batch, heads, blocks, per_block, blocks, per_block).sum(dim=(3, 5))
+    scaled_q = grouped_q.flip(3).flatten(3) / (math.sqrt(dim) * stride)
+    mass = torch.softmax(scaled_q @ grouped_k.flatten(3).transpose(2, 3), dim=-1)
+    missing = blocks * per_block - groups
+    mass = torch.nn.functional.pad(mass, (0, missing, 0, missing))
+    return mass.unflatten(3, (blocks, per_block)).sum(4).unflatten(2, (blocks, per_block)).sum(3)

@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from predictor import DEVICE, control, gpu, site_state
+from torch import Tensor
+
+from haste_compile.kernels.block_mask import token_pairs, unpack_bits
+from haste_compile.kernels.layout import Counter
+from haste_compile.kernels.top_p_select import reference
+
+pytest.importorskip("triton")
+from haste_compile.kernels.top_p_select import kernel  # noqa: E402
+
+both = pytest.mark.parametrize("implementation", ["reference", "kernel"])
+
+
+def select(implementation: str, scores: Tensor, top_p: Tensor) -> Tensor:
+    """Kept blocks, bool, of scores [B, H, T, T]."""
+    blocks = scores.shape[-1]
+    if implementation == "reference":
+        return unpack_bits(reference.top_p_select(scores, top_p), blocks)
+    return unpack_bits(run_kernel(scores, top_p)[0][0], blocks).cpu()
+
+
+def run_kernel(
+    scores: Tensor, top_p: Tensor, *, slot: int = 0, flags: Tensor | None = None, tokens: int | None = None
+) -> tuple[Tensor, Tensor]:
+    batch, heads, blocks, _ = scores.shape
+    tokens = blocks * 64 if tokens is None else tokens
+    flags = torch.ones(batch, heads, dtype=torch.int32) if flags is None else flags
+    mask, _, counters = site_state(2, batch, heads, tokens, 64, 64)
+    mask.fill_(-7)
+    moved = [x.to(DEVICE) for x in (scores, top_p, flags, control(slot), mask, counters)]
+    kernel.select_(*moved, tokens=tokens, block=64)
+    return moved[4], moved[5]
+
+
+def row(values: list[float]) -> Tensor:
+    """Scores whose first row is ``values``; the other rows are uniform."""
+    scores = torch.ones(1, 1, len(values), len(values))
+    scores[0, 0, 0] = torch.tensor(values)
+    return scores
+
+
+@both
+@pytest.mark.parametrize(
+    ("values", "top_p", "kept"),
+    [
+        ([1, 2, 4, 1], 0.75, [1, 2]),  # 4 + 2 is exactly 0.75 · 8
+        ([1, 2, 4, 1], 0.76, [0, 1, 2]),  # one more, and of the tied ones the lower
+        ([1, 2, 4, 1], 0.125, [2]),  # the block that crosses is kept
+        ([2, 2, 2, 2], 0.5, [0, 1]),
+        ([2, 2, 2, 2], 0.51, [0, 1, 2]),
+        ([0, 3, 0, 5], 1.0, [1, 3]),  # all that have mass
+        ([0, 0, 0, 0], 0.9, [0]),  # no mass: still one block
+        ([1e-30, 0, 3e-30, 0], 0.9, [0, 2]),
+        ([1e-3, 0, 0, 1e3], 1e-9, [3]),
+        ([float("nan"), 1, 2, 1], 0.5, [2]),
+        ([float("nan")] * 4, 0.9, [0]),
+        ([float("inf"), 1, 2, float("-inf")], 1.0, [1, 2]),
+    ],
+)
+def test_selection_by_hand(implementation: str, values: list[float], top_p: float, kept: list[int]):
+    selected = select(implementation, row(values), torch.tensor([top_p, 0.9]))
+    assert selected[0, 0, 0].nonzero().flatten().tolist() == kept
+
+
+@both
+@pytest.mark.parametrize("blocks", [1, 32, 41])
+def test_selection_is_the_greedy_one(implementation: str, blocks: int):
+    generator = torch.Generator().manual_seed(blocks)
+    thresholds = torch.tensor([0.3, 0.9, 1.0])
+    scores = torch.softmax(3 * torch.randn(1, 3, blocks, blocks, generator=generator), -1) * 8
+    selected = select(implementation, scores, thresholds)
+    for head, u in ((h, u) for h in range(3) for u in range(blocks)):
+        values = scores[0, head, u].double()
+        order = values.argsort(descending=True, stable=True)
+        sums = values[order].cumsum(0) / values.sum()
+        kept = selected[0, head, u]
+        count = int(kept.sum())
+        assert kept[order[:count]].all()  # the largest ones, ties to the lower index
+        assert sums[count - 1] >= thresholds[head] - 1e-6  # enough
+        assert count == 1 or sums[count - 2] < thresholds[head] + 1e-6  # and not one too many
+
+
+@both
+def test_ties_within_a_row_of_many_words(implementation: str):
+    scores = torch.full((1, 1, 40, 40), 0.125)
+    selected = select(implementation, scores, torch.tensor([0.9, 0.9]))
+    assert torch.equal(selected, (torch.arange(40) < 36).expand(1, 1, 40, 40))
+
+
+def test_kernel_counts_token_pairs_of_ragged_blocks():
+    scores = torch.rand(2, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+    mask, counters = run_kernel(scores, torch.full((3,), 0.6), slot=1, tokens=4 * 64 + 7)
+    pairs = token_pairs(mask[1], 4 * 64 + 7, 64)
+    assert torch.equal(counters[1, :, :, Counter.KEPT], pairs)
+    assert torch.equal(counters[1, :, :, Counter.KEPT_SUM], pairs)
+    assert (counters[0] == 0).all() and (mask[0] == -7).all()
+
+
+def test_kernel_leaves_heads_that_reuse_alone():
+    scores = torch.rand(2, 2, 5, 5, generator=torch.Generator().manual_seed(0))
+    flags = torch.tensor([[1, 0], [0, 1]], dtype=torch.int32)
+    scores[flags == 0] = float("nan")
+    mask, counters = run_kernel(scores, torch.full((2,), 0.6), flags=flags)
+    mask, counters = mask[0].cpu(), counters[0].cpu()
+    assert (mask[flags == 0] == -7).all() and (counters[flags == 0] == 0).all()
+    assert torch.equal(mask[flags == 1], reference.top_p_select(scores, torch.full((2,), 0.6))[flags == 1])
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("blocks", [591, 1200, 2500])
+def test_kernel_at_full_length(blocks: int):
+    generator = torch.Generator().manual_seed(blocks)
+    scores = torch.softmax(3 * torch.randn(1, 1, blocks, blocks, generator=generator), -1) * 8
+    top_p = torch.tensor([0.9, 0.9])
+    got, expected = (select(name, scores, top_p) for name in ("kernel", "reference"))
+    # float32 against float64 sums: at most the block at the threshold differs, and in few rows.
+    differing = (got != expected).sum(-1)
+    assert differing.max() <= 1 and (differing > 0).float().mean() < 0.02
