@@ -27,7 +27,7 @@ _KEPT_SUM = tl.constexpr(int(Counter.KEPT_SUM))
 _SEEN = tl.constexpr(int(Counter.SEEN))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["interval", "max_age", "fewest", "most"])
 def decide_kernel(
     means, delta, ctl, anchors, counters, flags,
     heads, every_pair, interval, max_age, fewest, most,
