@@ -15,16 +15,23 @@ gpu = pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
 
 
 def tokens_first(
-    batch: int, heads: int, tokens: int, dim: int, dtype: torch.dtype = torch.float32, seed: int = 0
+    batch: int,
+    heads: int,
+    tokens: int,
+    dim: int,
+    dtype: torch.dtype = torch.float32,
+    *,
+    seed: int = 0,
+    scale: float = 1.0,
 ) -> Tensor:
-    """Random [B, H, N, D] with the strides of a graph, (N·H·D, D, H·D, 1), cut out of a longer tensor of NaN.
+    """Normal [B, H, N, D] with the strides of a graph, (N·H·D, D, H·D, 1), cut out of a longer tensor of NaN.
 
     A kernel that reads a token too many finds NaN.
     """
     whole = torch.full((batch, tokens + 40, heads, dim), float("nan"), dtype=dtype)
     generator = torch.Generator().manual_seed(seed)
-    whole[:, :tokens] = torch.randn(batch, tokens, heads, dim, generator=generator).to(dtype)
-    return whole[:, :tokens].transpose(1, 2).to(DEVICE)
+    whole[:, :tokens] = (scale * torch.randn(batch, tokens, heads, dim, generator=generator)).to(dtype)
+    return whole.to(DEVICE)[:, :tokens].transpose(1, 2)
 
 
 def control(slot: int = 0, epoch: int = 1, *, dense: bool = False, force: bool = False) -> Tensor:

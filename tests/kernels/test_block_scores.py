@@ -42,7 +42,7 @@ def by_loops(q: Tensor, k: Tensor, block: int, stride: int) -> np.ndarray:
 @pytest.mark.parametrize("tokens", [1, 64, 130, 200])
 @pytest.mark.parametrize(("block", "stride"), [(64, 4), (64, 16), (64, 32), (128, 8)])
 def test_reference_samples_the_antidiagonals(tokens: int, block: int, stride: int):
-    q, k = (4 * tokens_first(1, 2, tokens, 64, seed=seed) for seed in (1, 2))
+    q, k = (tokens_first(1, 2, tokens, 64, seed=seed, scale=4) for seed in (1, 2))
     scores = reference.block_scores(q, k, block=block, stride=stride)
     assert scores.dtype == torch.float32
     for head in range(2):
@@ -69,8 +69,8 @@ def test_a_row_sums_to_its_real_query_groups():
     ],
 )
 def test_kernel_agrees_with_float64(tokens: int, block: int, stride: int, dim: int, dtype: torch.dtype):
-    q = (3 * tokens_first(2, 2, tokens, dim, seed=1)).to(dtype)
-    k = (3 * tokens_first(2, 2, tokens, dim, seed=2)).to(dtype).contiguous()  # strides unlike those of q
+    q = tokens_first(2, 2, tokens, dim, dtype, seed=1, scale=3)
+    k = tokens_first(2, 2, tokens, dim, dtype, seed=2, scale=3).contiguous()  # strides unlike those of q
     scores = kernel.block_scores(q, k, flags(2, 2), block=block, stride=stride)
     expected = reference.block_scores(q.double(), k.double(), block=block, stride=stride)
     torch.testing.assert_close(scores.double(), expected, rtol=2e-5, atol=1e-6)
@@ -98,7 +98,7 @@ def test_heads_that_do_not_fit_in_scratch_take_turns(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(("tokens", "block", "stride"), [(9_000, 128, 16), (5_003, 64, 32), (3_001, 128, 4)])
 @pytest.mark.parametrize("dim", [64, 128])
 def test_kernel_in_bf16(tokens: int, block: int, stride: int, dim: int):
-    q, k = ((3 * tokens_first(1, 2, tokens, dim, seed=seed)).to(torch.bfloat16) for seed in (1, 2))
+    q, k = (tokens_first(1, 2, tokens, dim, torch.bfloat16, seed=seed, scale=3) for seed in (1, 2))
     scores = kernel.block_scores(q, k, flags(1, 2), block=block, stride=stride)
     expected = reference.block_scores(q.double(), k.double(), block=block, stride=stride)
     # The products are exact in float32; what is left is summation order and exp2.

