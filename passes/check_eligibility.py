@@ -93,8 +93,11 @@ def _why_not_tokens(tokens: int | torch.SymInt, ctx: PassContext) -> str | None:
     if ctx.dialect == "export" and not isinstance(tokens, int):
         return f"symbolic token count {tokens}: exported state has a fixed size, export with static shapes"
     # For a symbolic count this guards the graph: a smaller video compiles anew and stays dense.
-    if not guarded(tokens >= max(1, ctx.config.min_tokens)):
+    if not guarded(tokens >= ctx.config.min_tokens):
         return f"{tokens} tokens, fewer than min_tokens={ctx.config.min_tokens}"
+    # One block has nothing to skip (and its mask could be a single word, which AOTInductor would fold away).
+    if not guarded(tokens > ctx.config.block):
+        return f"{tokens} tokens are a single block of {ctx.config.block}"
     return None
 
 

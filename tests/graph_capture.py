@@ -39,7 +39,9 @@ def export(module: nn.Module, *args: Any, **kwargs: Any) -> fx.GraphModule:
         return torch.export.export(module, args, kwargs).module()
 
 
-def rewrite(gm: fx.GraphModule, config: HasteConfig = SMALL, dialect: _torch.Dialect = "dynamo") -> PassContext:
+def rewrite(
+    gm: fx.GraphModule, config: HasteConfig = SMALL, dialect: _torch.Dialect = "dynamo"
+) -> PassContext:
     """Run all passes on ``gm``, in place."""
     binding = PlaceholderBinding() if dialect == "dynamo" else BufferBinding()
     ctx = PassContext(config, dialect, binding)
@@ -47,7 +49,9 @@ def rewrite(gm: fx.GraphModule, config: HasteConfig = SMALL, dialect: _torch.Dia
     return ctx
 
 
-def make_state(binding: PlaceholderBinding, config: HasteConfig, size: Callable[[Any], int] = int) -> list[Tensor]:
+def make_state(
+    binding: PlaceholderBinding, config: HasteConfig, size: Callable[[Any], int] = int
+) -> list[Tensor]:
     """Fresh tensors for a rewritten graph's state inputs: first video, slot 0, thresholds as configured."""
     state = []
     for node, wanted in zip(binding.nodes, binding.inputs, strict=True):
@@ -110,11 +114,23 @@ class ToyAttention(nn.Module):
     """
 
     def __init__(
-        self, *, heads: int = 2, kv_heads: int | None = None, dim: int = 64, context: bool = False, **options: Any
+        self,
+        *,
+        heads: int = 2,
+        kv_heads: int | None = None,
+        dim: int = 64,
+        context: bool = False,
+        **options: Any,
     ) -> None:
         super().__init__()
         kv_heads = kv_heads or heads
-        self.heads, self.kv_heads, self.dim, self.context, self.options = heads, kv_heads, dim, context, options
+        self.heads, self.kv_heads, self.dim, self.context, self.options = (
+            heads,
+            kv_heads,
+            dim,
+            context,
+            options,
+        )
         self.to_q = nn.Linear(heads * dim, heads * dim)
         self.to_k = nn.Linear(heads * dim, kv_heads * dim)
         self.to_v = nn.Linear(heads * dim, kv_heads * dim)

@@ -1,0 +1,273 @@
+"""Every private torch name in ``haste_compile._torch``: a new torch version that moves one fails here."""
+
+from __future__ import annotations
+
+import functools
+import pickle
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from graph_capture import SMALL, Rewriting, capture, export, rewrite, tokens, toy
+from tiny_wan import build_transformer, transformer_inputs
+from torch import Tensor, fx, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._guards import TracingContext
+from torch._inductor.utils import run_and_get_code
+
+from haste_compile import _torch
+from haste_compile.errors import OptionError, UnsupportedSiteError
+from haste_compile.passes import PlaceholderBinding
+
+
+def compile_with(backend, module=None, *args, **options) -> Tensor:
+    torch._dynamo.reset()
+    with torch.no_grad():
+        return torch.compile(module or toy({}), backend=backend, **options)(*(args or (tokens(),)))
+
+
+def test_a_copied_graph_is_still_dynamos_and_shares_no_node():
+    graphs: list[fx.GraphModule] = []
+
+    def backend(gm, inputs):
+        graphs.append(gm)
+        return _torch.copy_graph(gm).forward
+
+    compile_with(backend)
+    (gm,) = graphs
+    twin = _torch.copy_graph(gm)
+    assert twin.code == gm.code and not set(twin.graph.nodes) & set(gm.graph.nodes)
+    assert "dynamo_compile_id" in twin.meta and twin.meta == gm.meta and twin.meta is not gm.meta
+    assert twin._param_name_to_source is gm._param_name_to_source
+    for old, new in zip(gm.graph.nodes, twin.graph.nodes, strict=True):
+        assert getattr(old, "_dynamo_source", None) is getattr(new, "_dynamo_source", None)
+        assert old.meta.keys() == new.meta.keys()
+    output = next(iter(twin.graph.find_nodes(op="output")))
+    output.args = ((),)
+    assert next(iter(gm.graph.find_nodes(op="output"))).args != ((),)
+
+
+def test_aot_autograd_takes_state_inputs_as_static():
+    seen: list[tuple[int, list[int]]] = []
+
+    def count(gm, inputs):
+        metadata = TracingContext.get().fw_metadata
+        seen.append((len(inputs), metadata.static_input_indices))
+        return gm.forward
+
+    class Probe(Rewriting):
+        def __call__(self, gm, inputs):
+            graph = _torch.copy_graph(gm)
+            binding = rewrite(graph, self.config).binding
+            assert isinstance(binding, PlaceholderBinding)
+            fakes = [_torch.fake_value(node) for node in binding.nodes]
+            aot_autograd(fw_compiler=count)(graph, [*inputs, *fakes])
+            return gm.forward
+
+    compile_with(Probe())
+    ((inputs, static),) = seen
+    assert set(range(inputs - 6, inputs)) <= set(static)
+    assert 0 not in static  # the activations
+
+
+def test_inductor_mutates_state_without_a_copy():
+    rewriting = Rewriting(SMALL, "inductor")
+    torch._dynamo.reset()
+    with torch.no_grad():
+        _, (code, *_) = run_and_get_code(torch.compile(toy({}), backend=rewriting), tokens())
+    assert "torch.ops.haste.refresh_mask_.default(" in code
+    for shape in ("(4, 1, 2, 4, 1)", "(4, 1, 2, 2, 64)", "(4, 1, 2, 8)"):  # mask, anchors, counters
+        assert shape in code
+        assert f"empty_strided_cpu({shape}" not in code
+
+
+def test_fakes_of_both_dialects():
+    for gm, key in ((capture(toy({}), tokens()), "example_value"), (export(toy({}), tokens()), "val")):
+        (site,) = [n for n in gm.graph.nodes if _torch.attention_call(n)]
+        assert _torch.fake_value(site) is site.meta[key]
+        assert tuple(_torch.fake_value(site).shape) == (1, 2, 200, 64)
+        assert _torch.fake_value(next(iter(gm.graph.find_nodes(op="output")))) is None
+    _torch.set_fake_value(site, 1, "export")
+    assert site.meta["val"] == 1
+
+
+def test_empty_fake_lives_in_the_mode_of_its_model_and_is_no_inference_tensor():
+    gm = capture(toy({}), tokens())
+    (site,) = [n for n in gm.graph.nodes if _torch.attention_call(n)]
+    like = _torch.fake_value(site)
+    with torch.inference_mode():
+        fake = _torch.empty_fake(like, (3, 5), torch.int32)
+    assert fake.fake_mode is like.fake_mode and not fake.is_inference()
+    assert (tuple(fake.shape), fake.dtype, fake.device) == ((3, 5), torch.int32, like.device)
+
+
+def test_evaluate_runs_a_node_on_fakes():
+    gm = capture(toy({}), tokens())
+    (site,) = [n for n in gm.graph.nodes if _torch.attention_call(n)]
+    recorded = _torch.fake_value(site)
+    again = _torch.evaluate(site)
+    assert (again.shape, again.stride()) == (recorded.shape, recorded.stride())
+    short = {n: _torch.empty_fake(recorded, (1, 2, 7, 64), recorded.dtype) for n in site.all_input_nodes}
+    assert tuple(_torch.evaluate(site, short).shape) == (1, 2, 7, 64)
+
+
+def test_conditions_on_symbolic_sizes():
+    asked: list[tuple[bool, ...]] = []
+
+    def backend(gm, inputs):
+        n = _torch.fake_value(gm.graph.find_nodes(op="placeholder")[0])
+        assert isinstance(n, torch.SymInt)
+        asked.append((_torch.always(n == n), _torch.always(n > 150), _torch.guarded(n > 150)))
+        return gm.forward
+
+    model = toy({})
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=backend, dynamic=True)
+    with torch.no_grad():
+        for count in (200, 300, 100):  # 300 passes the guard n > 150, 100 does not
+            compiled(tokens(count))
+    assert asked == [(True, False, True), (True, False, False)]
+    assert _torch.always(True) and not _torch.guarded(False)
+
+
+@pytest.mark.parametrize(
+    ("spelled", "path"),
+    [
+        ("L['self'].__dict__['_modules']['blocks'].0.attn1", "blocks.0.attn1"),
+        ("L['self']._modules['blocks']._modules['0']._modules['attn1']", "blocks.0.attn1"),
+        ("L['self'].blocks.0.attn1", "blocks.0.attn1"),
+        ("L['self'].blocks[0].attn1", "blocks.0.attn1"),
+        ("L['self'].attn1", "attn1"),
+        ("L['self']._orig_mod.blocks.0.attn1", "blocks.0.attn1"),
+        ("G['model'].blocks.0.attn1", "blocks.0.attn1"),
+        ("L['args'][0].blocks.0.attn1", "blocks.0.attn1"),
+        ("L['step'].__closure__[0].cell_contents.blocks.0.attn1", "blocks.0.attn1"),
+        ("blocks.0.attn1", "blocks.0.attn1"),
+        ("L['self']", None),
+        ("", None),
+    ],
+)
+def test_module_path_spellings(spelled: str, path: str | None):
+    node = fx.Graph().placeholder("x")
+    node.meta["nn_module_stack"] = {"1": ("L['self']", nn.Module), "2": (spelled, nn.Module)}
+    assert _torch.module_path(node) == path
+
+
+def test_module_path_of_traced_graphs_and_of_a_node_without_owner():
+    model = build_transformer()
+    for trace in (capture, export):
+        gm = trace(model, **transformer_inputs())
+        paths = [_torch.module_path(n) for n in gm.graph.nodes if _torch.attention_call(n)]
+        assert paths == ["blocks.0.attn1", "blocks.0.attn2", "blocks.1.attn1", "blocks.1.attn2"]
+    assert _torch.module_path(fx.Graph().placeholder("x")) is None
+
+
+def test_attention_calls_of_both_dialects_read_alike():
+    class Spelled(nn.Module):
+        def forward(self, q: Tensor, mask: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(query=q, key=q, value=q, attn_mask=mask, scale=0.5)
+
+    q, mask = torch.randn(1, 2, 8, 64), torch.ones(8, 8)
+    for gm in (capture(Spelled(), q, mask), export(Spelled(), q, mask)):
+        (call,) = filter(None, map(_torch.attention_call, gm.graph.nodes))
+        assert call.query is call.key is call.value
+        assert isinstance(call.attn_mask, fx.Node)
+        assert (call.dropout_p, call.is_causal, call.scale, call.enable_gqa) == (0.0, False, 0.5, False)
+    positional = capture(lambda x: F.scaled_dot_product_attention(x, x, x, None, 0.25, True), q)
+    (call,) = filter(None, map(_torch.attention_call, positional.graph.nodes))
+    assert (call.attn_mask, call.dropout_p, call.is_causal) == (None, 0.25, True)
+
+
+def test_argument_positions_by_name_and_through_a_wrapper():
+    def forward(self, first, second, third):
+        return first + second * third
+
+    class Plain(nn.Module):
+        pass
+
+    class Wrapped(nn.Module):
+        pass
+
+    def wrapper(self, *args, **kwargs):
+        return forward(self, *args, **kwargs)
+
+    Plain.forward, Wrapped.forward = forward, wrapper
+    names = ("third", "first", "absent")
+    x, y, z = (torch.randn(4) for _ in range(3))
+    plain = capture(Plain(), x, y, third=z)
+    assert _torch.argument_positions(plain, names) == {"third": 1, "first": 2}  # in order of first use
+    mixed = capture(Wrapped(), x, y, third=z)
+    positions = _torch.argument_positions(mixed, ("first", "second", "third"))
+    assert positions == {"second": 0, "third": 1, "first": 2}
+
+
+def test_size_reader_works_out_symbolic_sizes():
+    found: list[tuple[int, ...]] = []
+
+    def backend(gm, inputs):
+        sizes = _torch.SizeReader(gm)
+        (site,) = [n for n in gm.graph.nodes if _torch.attention_call(n)]
+        shape = _torch.fake_value(site).shape
+
+        def run(*args):
+            found.append(tuple(sizes.size(n, args) for n in (*shape, -(-shape[2] // 64))))
+            assert sizes.symbols(args) == (found[-1][2],)
+            return gm(*args)
+
+        return run
+
+    torch._dynamo.reset()
+    compiled = torch.compile(toy({}), backend=backend, dynamic=True)
+    with torch.no_grad():
+        for count in (200, 129):
+            compiled(tokens(count))
+    assert found == [(1, 2, 200, 64, 4), (1, 2, 129, 64, 3)]
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_inner_compilers_run(inner: str):
+    model, x = toy({}), tokens()
+    with torch.no_grad():
+        torch.testing.assert_close(compile_with(_torch.inner_compiler(inner, None), model, x), model(x))
+
+
+def test_a_mode_reaches_inductor_as_its_settings(monkeypatch):
+    calls: list[dict] = []
+
+    def compile_fx(gm, inputs, **options):
+        calls.append(options)
+        return gm.forward
+
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
+    _torch.inner_compiler("inductor", "reduce-overhead")(SimpleNamespace(forward=None), [])
+    assert calls == [{"config_patches": {"triton.cudagraphs": True}}]
+
+
+@pytest.mark.parametrize(("inner", "mode"), [("inductor", "fastest"), ("eager", "reduce-overhead")])
+def test_a_mode_that_means_nothing_is_refused(inner: str, mode: str):
+    with pytest.raises(OptionError, match=f"found mode='{mode}' with inner='{inner}'.*'max-autotune'"):
+        _torch.inner_compiler(inner, mode)
+
+
+def test_errors_reach_the_user_unwrapped():
+    error = UnsupportedSiteError(found="a", wanted="b", where="c", fix="d")
+
+    def backend(gm, inputs):
+        raise _torch.through_dynamo(error)
+
+    with pytest.raises(UnsupportedSiteError) as caught:
+        compile_with(backend)
+    assert str(caught.value) == str(error) and caught.value.found == "a"
+    copy = pickle.loads(pickle.dumps(caught.value))
+    assert type(copy) is UnsupportedSiteError and str(copy) == str(error)
+
+
+def test_other_errors_of_a_backend_are_wrapped_by_dynamo():
+    # The reason for through_dynamo; when this fails, it can go.
+    def backend(gm, inputs, error):
+        raise error
+
+    plain = UnsupportedSiteError(found="a", wanted="b", where="c", fix="d")
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed):
+        compile_with(functools.partial(backend, error=plain))
