@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
+import importlib.util
 import json
 import sys
 from collections.abc import Iterator
@@ -176,7 +178,7 @@ def explain(
     Only the model's configuration is read, no weights, and nothing is computed: a 14B model takes half a
     minute and needs no GPU; give `--device cuda` to ask about one that is elsewhere.
     """
-    from haste_compile.explain import explain as run
+    from haste_compile.explanation import explain as run
     from haste_compile.generation import default_options, default_request
     from haste_compile.loading import NANO_WAN, default_dtype, known_device, transformer_structures
 
@@ -290,6 +292,9 @@ def _parse_options(pairs: list[str] | None) -> dict[str, Any]:
 @contextlib.contextmanager
 def _progress() -> Iterator[Any]:
     """A progress bar on stderr: call it with what is going on, steps done, steps in all."""
+    for name in ("diffusers", "transformers"):
+        if importlib.util.find_spec(name) is not None:  # their own bars would break ours
+            importlib.import_module(f"{name}.utils.logging").disable_progress_bar()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=_errors, transient=not _errors.is_terminal) as progress:
         tasks: dict[str, Any] = {}

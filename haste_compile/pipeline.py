@@ -13,7 +13,7 @@ from torch import nn
 from haste_compile import backend, state
 from haste_compile.config import HasteConfig
 from haste_compile.errors import OptionError, StateError
-from haste_compile.explain import Explanation, explain
+from haste_compile.explanation import Explanation, explain
 from haste_compile.loading import find_transformers
 from haste_compile.report import GraphReport
 from haste_compile.state import Attachment, Statistics
@@ -62,18 +62,20 @@ def optimize(
         for name, transformer in transformers.items()
     }
     for name, transformer in transformers.items():
-        if any(module._compiled_call_impl is not None for module in [transformer, *targets[name]]):
+        modules = [transformer, *targets[name]]
+        # What Module.compile and torch.compile leave behind, in this order.
+        if any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in modules):
             raise StateError(
                 found="a transformer that is compiled already",
                 wanted="one that is not",
                 where=f"optimize(), {name}",
-                fix="Call restore() on the earlier handle, or do not call .compile() on it yourself.",
+                fix="Call restore() on the earlier handle, or do not compile it yourself.",
             )
     compiler = _backend(config, mode)
     attachments = []
     for name, transformer in transformers.items():
         if compile == "blocks":
-            attachments.append(Attachment(transformer, targets[name]))
+            attachments.append(Attachment(transformer, targets[name], config))
         for module in targets[name]:
             module.compile(backend=compiler, dynamic=dynamic)
     compiled = [module for modules in targets.values() for module in modules]

@@ -159,11 +159,11 @@ def _in_prospect(report: GraphReport) -> GraphReport:
 def example_inputs(transformer: nn.Module, latent_size: tuple[int, int, int]) -> dict[str, Any]:
     """Keyword arguments of one call of a Wan transformer, zeros, for latents of [frames, height, width]."""
     config: Any = transformer.config
-    parameter = next(transformer.parameters())
-    make = {"device": parameter.device, "dtype": parameter.dtype}
+    device = next(transformer.parameters()).device
+    make = {"device": device, "dtype": transformer.dtype}  # diffusers' dtype passes over float32 norms
     inputs: dict[str, Any] = {
         "hidden_states": torch.zeros(1, config.in_channels, *latent_size, **make),
-        "timestep": torch.zeros(1, device=parameter.device),
+        "timestep": torch.zeros(1, device=device),
         "encoder_hidden_states": torch.zeros(1, TEXT_TOKENS, config.text_dim, **make),
         "return_dict": False,
     }

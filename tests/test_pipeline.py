@@ -1,0 +1,241 @@
+"""``optimize``: pipelines go on working, the handle tells the truth and undoes everything."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tiny_wan
+from haste_compile.errors import OptionError, StateError
+from haste_compile.explanation import explain
+from haste_compile.pipeline import optimize
+from haste_compile.state import states_of
+
+#: Everything is computed eagerly, so that tests need no C++ compiler runs.
+OPTIONS: dict[str, Any] = {
+    "block": 64,
+    "min_tokens": 64,
+    "inner": "eager",
+    "top_p": 0.5,
+    "drift_threshold": 1e6,
+}
+
+
+@pytest.fixture
+def pipe() -> Any:
+    torch._dynamo.reset()
+    return tiny_wan.build_pipeline()
+
+
+def run(
+    pipe: Any, *, seed: int = 0, steps: int = 3, frames: int = tiny_wan.FRAMES, **keywords: Any
+) -> torch.Tensor:
+    return pipe(
+        "a red circle moves left",
+        num_frames=frames,
+        height=tiny_wan.HEIGHT,
+        width=tiny_wan.WIDTH,
+        num_inference_steps=steps,
+        generator=torch.Generator().manual_seed(seed),
+        output_type="latent",
+        **keywords,
+    ).frames
+
+
+def test_density_one_equals_dense(pipe: Any) -> None:
+    dense = run(pipe)
+    with optimize(pipe, **{**OPTIONS, "top_p": 1.0}) as handle:
+        full = run(pipe)
+        assert handle.statistics()["transformer"].density == 1.0
+    torch.testing.assert_close(full, dense, rtol=1e-4, atol=1e-4)
+
+
+def test_sparse_differs_and_restore_brings_dense_back(pipe: Any) -> None:
+    dense = run(pipe)
+    handle = optimize(pipe, **OPTIONS)
+    sparse = run(pipe)
+    assert not torch.allclose(sparse, dense, atol=1e-4)
+    handle.restore()
+    handle.restore()
+    assert torch.equal(run(pipe), dense)
+    assert pipe.transformer._compiled_call_impl is None
+
+
+def test_context_manager_restores_after_an_exception(pipe: Any) -> None:
+    with pytest.raises(RuntimeError, match="broken off"), optimize(pipe, **OPTIONS):
+        assert pipe.transformer._compiled_call_impl is not None
+        raise RuntimeError("broken off")
+    assert pipe.transformer._compiled_call_impl is None
+
+
+def test_statistics_and_summary(pipe: Any) -> None:
+    with optimize(pipe, **OPTIONS) as handle:
+        assert handle.summary() == "transformer: not called yet, nothing is compiled"
+        run(pipe)
+        figures = handle.statistics()["transformer"]
+        assert figures.sites == ("blocks.0.attn1", "blocks.1.attn1")
+        assert figures.calls == 3 * 2 * tiny_wan.LAYERS * tiny_wan.HEADS  # steps × branches × L × H
+        assert figures.refreshes == 2 * tiny_wan.LAYERS * tiny_wan.HEADS  # a huge δ: the first step only
+        assert 0.2 <= figures.density < 0.9
+        text = handle.summary()
+        assert "2 attention sites rewritten, 2 left dense" in text
+        assert "2 × cross-attention (320 queries, 512 keys)" in text
+        assert "masks rebuilt in 33.3% of 24 head calls" in text
+        handle.reset()
+        assert handle.statistics()["transformer"].calls == 0
+
+
+def test_double_use_is_refused(pipe: Any) -> None:
+    with optimize(pipe, **OPTIONS):
+        for again in (pipe, pipe.transformer):
+            with pytest.raises(StateError, match="compiled already"):
+                optimize(again, **OPTIONS)
+    optimize(pipe, **OPTIONS).restore()
+
+
+def test_what_is_compiled_elsewhere_is_refused(pipe: Any) -> None:
+    pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+    with pytest.raises(StateError, match="compiled already"):
+        optimize(pipe, **OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("target", "keywords", "message"),
+    [
+        ("pipe", {"topp": 0.5}, "Did you mean 'top_p'"),
+        ("pipe", {"top_p": 1.5}, r"\(0, 1\]"),
+        ("pipe", {"compile": "half"}, "'whole' or 'blocks'"),
+        ("text", {}, "pipeline with a module `transformer`"),
+        ("linear", {"compile": "blocks"}, "_repeated_blocks"),
+    ],
+)
+def test_bad_input(pipe: Any, target: str, keywords: dict[str, Any], message: str) -> None:
+    value = {"pipe": pipe, "text": "a path", "linear": torch.nn.Linear(2, 2)}[target]
+    with pytest.raises(OptionError, match=message):
+        optimize(value, **keywords)
+    assert pipe.transformer._compiled_call_impl is None
+
+
+def test_blocks_equal_whole(pipe: Any) -> None:
+    """One compiled block serves all; its masks stay apart by block, branch and step all the same."""
+    with optimize(pipe, **OPTIONS) as handle:
+        whole = run(pipe)
+        expected = handle.statistics()["transformer"]
+    torch._dynamo.reset()
+    other = tiny_wan.build_pipeline()
+    with optimize(other, compile="blocks", **OPTIONS) as handle:
+        assert other.transformer._compiled_call_impl is None
+        blocks = run(other)
+        figures = handle.statistics()["transformer"]
+    torch.testing.assert_close(blocks, whole, rtol=1e-4, atol=1e-4)
+    assert figures == expected
+    assert all(block._compiled_call_impl is None for block in other.transformer.blocks)
+
+
+def test_two_experts() -> None:
+    """Wan 2.2: both transformers are compiled, and each has masks of its own."""
+    torch._dynamo.reset()
+    pipe = tiny_wan.build_pipeline(experts=2)
+    with optimize(pipe, **OPTIONS) as handle:
+        run(pipe, steps=4)
+        figures = handle.statistics()
+    assert list(figures) == ["transformer", "transformer_2"]
+    heads = 2 * tiny_wan.LAYERS * tiny_wan.HEADS
+    assert figures["transformer"].calls + figures["transformer_2"].calls == 4 * heads
+    assert min(f.calls for f in figures.values()) >= heads
+    assert all(f.refreshes == heads for f in figures.values())
+
+
+def test_two_sizes_in_one_process(pipe: Any) -> None:
+    with optimize(pipe, **OPTIONS):
+        small, large = run(pipe, frames=9), run(pipe)
+        assert torch.equal(run(pipe, frames=9), small)
+        assert torch.equal(run(pipe), large)
+
+
+def test_mode_reaches_the_inner_compiler(pipe: Any) -> None:
+    with optimize(pipe, mode="default", **OPTIONS) as handle:
+        run(pipe, steps=1)
+        assert handle.statistics()["transformer"].calls > 0
+
+
+def test_offloading_after_optimize(pipe: Any) -> None:
+    """accelerate's hooks, as ``enable_model_cpu_offload`` sets them, replace the module's forward."""
+    from accelerate.hooks import CpuOffload, add_hook_to_module, remove_hook_from_module
+
+    with optimize(pipe, **OPTIONS) as handle:
+        plain = run(pipe)
+        add_hook_to_module(pipe.transformer, CpuOffload(execution_device="cpu"))
+        torch.testing.assert_close(run(pipe), plain, rtol=1e-5, atol=1e-5)
+        assert handle.statistics()["transformer"].calls > 0
+        remove_hook_from_module(pipe.transformer)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
+def test_lora_before_and_after(tmp_path: Path, pipe: Any) -> None:
+    from diffusers import WanPipeline
+    from peft import LoraConfig, get_peft_model_state_dict
+
+    donor = tiny_wan.build_transformer()
+    donor.add_adapter(LoraConfig(r=4, target_modules=["to_q", "to_k", "to_v"], init_lora_weights=False))
+    WanPipeline.save_lora_weights(tmp_path, transformer_lora_layers=get_peft_model_state_dict(donor))
+
+    with optimize(pipe, **OPTIONS) as handle:
+        plain = run(pipe)
+        pipe.load_lora_weights(tmp_path)
+        adapted = run(pipe)
+        assert not torch.allclose(adapted, plain, atol=1e-4)
+        assert all(len(report.rewritten) == tiny_wan.LAYERS for report in handle.reports()["transformer"])
+        pipe.unload_lora_weights()
+        torch.testing.assert_close(run(pipe), plain, rtol=1e-5, atol=1e-5)
+
+    torch._dynamo.reset()
+    other = tiny_wan.build_pipeline()
+    other.load_lora_weights(tmp_path)
+    with optimize(other, **OPTIONS):
+        torch.testing.assert_close(run(other), adapted, rtol=1e-5, atol=1e-5)
+
+
+def test_explain_says_what_optimize_then_does(pipe: Any) -> None:
+    size = {"height": tiny_wan.HEIGHT, "width": tiny_wan.WIDTH, "num_frames": tiny_wan.FRAMES}
+    with optimize(pipe, **OPTIONS) as handle:
+        said = handle.explain(**size)["transformer"]
+        run(pipe, steps=1)
+        done = handle.reports()["transformer"][0]
+    assert [(s.name, s.status, s.reason) for s in said.report.sites] == [
+        (s.name, s.status, s.reason) for s in done.sites
+    ]
+    assert (said.tokens, said.blocks) == (tiny_wan.TOKENS, 5)
+    (state,) = states_of(pipe.transformer)
+    assert said.state_bytes == state.nbytes()
+
+
+def test_explain_counts_operations() -> None:
+    """A forward of 320 tokens, counted by hand."""
+    transformer = tiny_wan.build_transformer()
+    size = {"height": tiny_wan.HEIGHT, "width": tiny_wan.WIDTH, "num_frames": tiny_wan.FRAMES}
+    found = explain(transformer, **size, block=64, min_tokens=64)["transformer"]
+    n, width, text = tiny_wan.TOKENS, tiny_wan.HEADS * tiny_wan.HEAD_DIM, 512
+    attention = tiny_wan.LAYERS * 4 * n * n * width
+    cross = tiny_wan.LAYERS * 4 * n * text * width
+    block = 2 * n * width * (4 * width + 2 * width + 2 * 64) + 2 * text * width * 2 * width
+    embedding = (
+        2 * n * width * tiny_wan.LATENT_CHANNELS * 4 * 2  # patches in and out
+        + 2 * text * width * (tiny_wan.TEXT_DIM + width)
+        + 2 * width * (32 + width + 6 * width)  # time
+    )
+    assert found.attention_flops == attention
+    assert found.flops == attention + cross + tiny_wan.LAYERS * block + embedding
+    assert found.ceiling(1.0) == 1.0
+    assert found.ceiling(0.0) == pytest.approx(1 / (1 - attention / found.flops))
+
+
+def test_explain_leaves_the_transformer_as_it_was(pipe: Any) -> None:
+    dense = run(pipe)
+    explain(pipe, height=128, width=128, num_frames=17, block=64)
+    assert torch.equal(run(pipe), dense)
+    assert pipe.transformer._compiled_call_impl is None

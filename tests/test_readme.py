@@ -1,0 +1,151 @@
+"""Every block of the README is run here, or stands in a list that says which test runs it."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import haste_compile
+import tiny_wan
+from haste_compile import cli, errors
+from haste_compile.config import PRESETS, HasteConfig
+from haste_compile.passes import PASSES
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+#: What has to change in the README's code for the tiny pipeline on the CPU.
+SMALL_TEXT = {
+    '"Wan-AI/Wan2.1-T2V-1.3B-Diffusers"': "MODEL",
+    "torch.bfloat16": "torch.float32",
+    '"cuda"': '"cpu"',
+    "height=480, width=832, num_frames=81": "height=128, width=128, num_frames=17",
+    '{"top_p": 0.9}': '{"top_p": 0.9, "block": 64, "min_tokens": 64, "inner": "eager"}',
+    "top_p=0.9": 'top_p=0.9, block=64, min_tokens=64, inner="eager"',
+}
+#: The same for the shell: further arguments that the tiny pipeline needs.
+SMALL = "--height 128 --width 128 --frames 17"
+SMALL_ARGUMENTS = {
+    "doctor": "",
+    "explain": f"{SMALL} -o block=64 -o min_tokens=64",
+    "generate": f"{SMALL} --steps 1 -o block=64 -o min_tokens=64 -o inner=eager",
+}
+#: Shell lines that another test or CI itself runs, and which.
+RUN_ELSEWHERE = {
+    "make demo": "tests/test_demo.py runs the command; .ci/run sets up the same environment",
+    "make test": ".ci/run",
+    "pip install 'haste-compile[gpu]'": "tests/test_packaging.py installs the wheel",
+    "pip install 'haste-compile[demo]'": "tests/test_packaging.py installs the wheel",
+}
+
+
+def _blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.M | re.S)
+
+
+def _commands() -> list[str]:
+    lines = [line.split("#")[0].strip() for block in _blocks("sh") for line in block.splitlines()]
+    return [line for line in lines if line]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_wan.save_pipeline(tmp_path_factory.mktemp("model") / "tiny")
+
+
+def test_only_blocks_that_are_tested() -> None:
+    languages = re.findall(r"^```(\w+)$", README, re.M)
+    assert set(languages) <= {"sh", "python"}
+    assert len(_blocks("python")) == 3
+
+
+def test_python_blocks_run(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch._dynamo.reset()
+    bare, with_handle, explained = (_shrink(block) for block in _blocks("python"))
+    names: dict[str, Any] = {"MODEL": str(model)}
+    exec(bare, names)
+    assert names["video"].shape == (17, 128, 128, 3)
+    (report,) = haste_compile.backend.reports(names["pipe"].transformer)
+    assert len(report.rewritten) == tiny_wan.LAYERS
+
+    names["pipe"].transformer = names["pipe"].transformer._orig_mod  # the second block is another way
+    exec(with_handle, names)
+    assert "2 attention sites rewritten" in capsys.readouterr().out
+
+    exec(explained, names)
+    assert "2 rewritten, 2 skipped" in capsys.readouterr().out
+
+
+def _shrink(code: str) -> str:
+    for old, new in SMALL_TEXT.items():
+        code = code.replace(old, new)
+    return code
+
+
+@pytest.mark.parametrize("command", [c for c in _commands() if c not in RUN_ELSEWHERE])
+def test_shell_commands_run(
+    command: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    program, subcommand, *arguments = shlex.split(command)
+    assert program == "haste"
+    arguments = [str(model) if "Wan-AI/" in argument else argument for argument in arguments]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["haste", subcommand, *arguments, *SMALL_ARGUMENTS[subcommand].split()])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    assert exit_.value.code in (0, None), capsys.readouterr().err
+
+
+def test_what_runs_elsewhere_is_still_there() -> None:
+    assert set(RUN_ELSEWHERE) <= set(_commands())
+
+
+def _rows(header: str) -> list[list[str]]:
+    """Cells of the table whose header line begins like this."""
+    lines = README.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(header)) + 2
+    rows = []
+    for line in lines[start:]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip("|").split(" | ")])
+    return rows
+
+
+def test_option_table_lists_every_option_with_its_default() -> None:
+    table = {row[0].strip("`"): row[1].strip("`") for row in _rows("| option |")}
+    fields = {field.name: field.default for field in dataclasses.fields(HasteConfig)}
+    assert list(table) == list(fields)
+    assert {name: eval(default) for name, default in table.items()} == fields
+    assert all(f"`{preset}`" in README for preset in PRESETS)
+
+
+def test_pass_table_lists_every_pass_in_order() -> None:
+    names = []
+    for cell, *_ in _rows("| pass |"):
+        name, path = re.fullmatch(r"\[`(\w+)`\]\((.+)\)", cell).groups()  # type: ignore[union-attr]
+        assert (ROOT / path).is_file()
+        names.append(name)
+    assert names == [run.__name__ for run in PASSES]
+
+
+def test_error_table_lists_every_error() -> None:
+    kinds = [
+        name
+        for name, kind in vars(errors).items()
+        if isinstance(kind, type) and issubclass(kind, errors.HasteError) and kind is not errors.HasteError
+    ]
+    assert sorted(row[0].strip("`") for row in _rows("| error |")) == sorted(kinds)
+
+
+def test_links_lead_somewhere() -> None:
+    targets = [target for target in re.findall(r"\]\(([^)]+)\)", README) if "://" not in target]
+    assert targets
+    assert [target for target in targets if not (ROOT / target).exists()] == []
