@@ -105,7 +105,6 @@ def block_sparse_attention(
     return torch.ops.haste.block_sparse_attention(q, k, v, mask, ctl, block=block, scale=scale)
 
 
-@torch.library.impl("haste::refresh_mask_", "cpu")
 @torch.no_grad()  # autograd does not see this op: nothing it does may be recorded
 def _refresh_cpu(
     q: Tensor,
@@ -167,7 +166,6 @@ def _refresh_cpu(
         counters[slot, sample, head, Counter.KEPT_SUM] += pairs
 
 
-@torch.library.impl("haste::refresh_mask_", "cuda")
 def _refresh_cuda(
     q: Tensor,
     k: Tensor,
@@ -212,7 +210,6 @@ def _refresh_cuda(
         top_p_select.select_(scores, top_p, flags, ctl, mask, counters, tokens=q.shape[2], block=block)
 
 
-@torch.library.impl("haste::block_sparse_attention", "cpu")
 def _attention_cpu(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor, ctl: Tensor, *, block: int, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -224,10 +221,10 @@ def _attention_cpu(
         bits = torch.full_like(bits, -1)
     out, lse = attention.attend(q, k, v, bits, block=block, scale=scale)
     result = torch.empty_like(q)
-    return (out if out.stride() == result.stride() else result.copy_(out)), lse
+    # SDPA chooses strides of its own; graph compilers were promised those of the fake.
+    return (out if out.stride() == result.stride() else result.copy_(out)), lse.contiguous()
 
 
-@torch.library.impl("haste::block_sparse_attention", "cuda")
 def _attention_cuda(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor, ctl: Tensor, *, block: int, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -241,7 +238,6 @@ def _attention_cuda(
         return attention.attend(q, k, v, BlockMask(counts, indices, block), block=block, scale=scale)
 
 
-@torch.library.register_fake("haste::refresh_mask_")
 def _refresh_fake(
     q: Tensor,
     k: Tensor,
@@ -264,7 +260,6 @@ def _refresh_fake(
     _check_refresh(q, k, top_p, delta, ctl, mask, anchors, counters, block, stride, reuse, interval)
 
 
-@torch.library.register_fake("haste::block_sparse_attention")
 def _attention_fake(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor, ctl: Tensor, *, block: int, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -274,7 +269,6 @@ def _attention_fake(
 
 # The backward is an op of its own, because a graph compiler traces it while it compiles the forward of a
 # model whose parameters require grad: tracing must pass, running must not.
-@torch.library.impl("haste::refuse_gradient", "CompositeExplicitAutograd")
 def _refuse_gradient(gradient: Tensor) -> Tensor:
     raise AutogradError(
         found="a backward pass",
@@ -284,7 +278,6 @@ def _refuse_gradient(gradient: Tensor) -> Tensor:
     )
 
 
-@torch.library.register_fake("haste::refuse_gradient")
 def _refuse_gradient_fake(gradient: Tensor) -> Tensor:
     return torch.empty_like(gradient)
 
@@ -292,9 +285,6 @@ def _refuse_gradient_fake(gradient: Tensor) -> Tensor:
 def _attention_backward(ctx: object, out_gradient: Tensor, lse_gradient: Tensor) -> tuple[Tensor | None, ...]:
     refused = torch.ops.haste.refuse_gradient(out_gradient)
     return refused, refused, refused, None, None, None, None
-
-
-torch.library.register_autograd("haste::block_sparse_attention", _attention_backward)
 
 
 def _slot_cpu(ctl: Tensor, mask: Tensor) -> int:
@@ -389,3 +379,14 @@ def _check_tensor(name: str, x: Tensor, q: Tensor, dtype: torch.dtype, shape: tu
 
 def _bad(where: str, found: str, wanted: str, fix: str) -> InputError:
     return InputError(found=found, wanted=wanted, where=f"{where} of a haste op", fix=fix)
+
+
+torch.library.impl("haste::refresh_mask_", "cpu", _refresh_cpu)
+torch.library.impl("haste::refresh_mask_", "cuda", _refresh_cuda)
+torch.library.register_fake("haste::refresh_mask_", _refresh_fake)
+torch.library.impl("haste::block_sparse_attention", "cpu", _attention_cpu)
+torch.library.impl("haste::block_sparse_attention", "cuda", _attention_cuda)
+torch.library.register_fake("haste::block_sparse_attention", _attention_fake)
+torch.library.register_autograd("haste::block_sparse_attention", _attention_backward)
+torch.library.impl("haste::refuse_gradient", "CompositeExplicitAutograd", _refuse_gradient)
+torch.library.register_fake("haste::refuse_gradient", _refuse_gradient_fake)

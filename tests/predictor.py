@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,6 +12,9 @@ from haste_compile.kernels.layout import COUNTER_COLUMNS, CTL_COLUMNS, Ctl
 
 #: Where Triton kernels run: compiled on a GPU, else interpreted.
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+#: Kernels run in Triton's interpreter (conftest.py asks for it where there is no GPU).
+INTERPRETED = DEVICE == "cpu" and importlib.util.find_spec("triton") is not None
 
 gpu = pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
 

@@ -161,8 +161,8 @@ def block_scores(q: Tensor, k: Tensor, flags: Tensor, *, block: int, stride: int
         block: tokens a block; ``stride``: s, a divisor of ``block``.
 
     Returns:
-        fp32 [B, H, T, T] as in the reference; unspecified where the flag is 0. Besides, the call holds at most
-        ``SCRATCH_BYTES``, or the 4·N²/(stride·block) bytes of one head where those are more.
+        fp32 [B, H, T, T] as in the reference; unspecified where the flag is 0. Besides, the call holds at
+        most ``SCRATCH_BYTES``, or the 4·N²/(stride·block) bytes of one head where those are more.
     """
     batch, heads, tokens, dim = q.shape
     blocks, groups = triton.cdiv(tokens, block), triton.cdiv(tokens, stride)

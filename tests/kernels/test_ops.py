@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from predictor import control, gpu, site_state
+from predictor import INTERPRETED, control, gpu, site_state
 from torch import Tensor
 
 from haste_compile.errors import AutogradError, InputError
@@ -109,9 +109,10 @@ def test_fakes_predict_shapes_dtypes_and_strides(shape: dict[str, Any]):
         fake_ctl = mode.from_tensor(control())
         fake.refresh(fake_ctl)
         predicted = fake.attend(fake_ctl)
-    for real, expected in zip(site.attend(control()), predicted, strict=True):
-        assert real.shape == expected.shape and real.dtype == expected.dtype
-        assert real.stride() == expected.stride()
+    for dense in (False, True):
+        for real, expected in zip(site.attend(control(dense=dense)), predicted, strict=True):
+            assert real.shape == expected.shape and real.dtype == expected.dtype
+            assert real.stride() == expected.stride()
     assert predicted[0].stride() == site.q.stride()
 
 
@@ -289,6 +290,25 @@ def test_fakes_name_what_is_wrong():
             fake.refresh(mode.from_tensor(control()))
         with pytest.raises(InputError, match="mask"):
             fake.attend(mode.from_tensor(control()))
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter; a GPU runs the real thing")
+@pytest.mark.filterwarnings("ignore:divide by zero encountered in log2")  # of blocks that are not stored
+def test_kernels_compose_to_what_the_cpu_does():
+    host, device = make_site(heads=2, tokens=200), make_site(heads=2, tokens=200)
+    for call, (epoch, dense) in enumerate([(1, False), (1, False), (1, True), (2, False)]):
+        q, ctl = host.q.clone(), control(slot=1, epoch=epoch, dense=dense)
+        q[0, 1] += call  # one head of one sample drifts
+        host.refresh(ctl, q=q)
+        state = (device.top_p, device.delta, ctl, device.mask, device.anchors, device.counters)
+        ops._refresh_cuda(q, device.k, *state, block=64, stride=16, gate_low=0.0, gate_high=1.0)
+        assert torch.equal(host.mask, device.mask) and torch.equal(host.counters, device.counters)
+        torch.testing.assert_close(host.anchors, device.anchors, rtol=1e-5, atol=1e-6)
+        out = ops._attention_cuda(q, device.k, device.v, device.mask, ctl, block=64, scale=0.125)
+        host.q = q
+        for got, expected in zip(out, host.attend(ctl), strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+            assert got.stride() == expected.stride()
 
 
 @pytest.mark.gpu
