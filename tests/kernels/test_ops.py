@@ -374,18 +374,18 @@ def test_cuda_heads_that_reuse_leave_the_predictor_at_once():
 
     def milliseconds(ctl: Tensor) -> float:
         times = []
-        for _ in range(6):
+        for _ in range(12):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             site.refresh(ctl)
             end.record()
             end.synchronize()
             times.append(start.elapsed_time(end))
-        return sorted(times[1:])[2]  # the first call compiles
+        return min(times)  # the first call compiles, and others may share the GPU
 
     rebuild, reuse = milliseconds(control(force=True).cuda()), milliseconds(control().cuda())
-    assert (site.counters[0, 0, :, Counter.REFRESHES] == 6).all()
-    assert (site.counters[0, 0, :, Counter.AGE] == 6).all()
+    assert (site.counters[0, 0, :, Counter.REFRESHES] == 12).all()
+    assert (site.counters[0, 0, :, Counter.AGE] == 12).all()
     assert reuse < rebuild / 3, f"{reuse:.3f} ms to reuse, {rebuild:.3f} ms to rebuild"
 
 
