@@ -6,7 +6,7 @@
 
 Every timing follows a check of the same output: on sampled query blocks its error against float64 must stay
 within twice that of SDPA in the same dtype on the same keys; a kernel that fails is not timed. All sides run
-in one process, interleaved, first calls excluded; medians. TFLOP/s count kept query-key token pairs, 4·D each.
+in one process, interleaved, first calls excluded; medians. TFLOP/s count kept query-key pairs, 4·D FLOP each.
 
 Exit code: 0, 1 when a kernel is wrong, 2 when the machine cannot run the benchmark.
 """

@@ -28,7 +28,7 @@ from haste_compile.kernels.block_sparse_attention.launch import Launch, choose_l
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
 #: Added to the score of a key that does not exist. Finite: the tensor cores add it to a sum of products.
-_NO_KEY = tl.constexpr(-3.0e38)
+_NO_KEY = tl.constexpr(-1.0e38)
 
 
 @triton.jit
