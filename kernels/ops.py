@@ -148,8 +148,6 @@ def _refresh_cpu(
         gate_high=gate_high,
         relative=relative,
     )
-    anchors[slot] = new_anchors
-    counters[slot] = new_counters
     samples, heads = rebuild.nonzero(as_tuple=True)
     groups = mask.shape[3] * block // stride
     at_once = max(1, _CPU_SCORE_BYTES // (4 * groups * groups))
@@ -162,8 +160,11 @@ def _refresh_cpu(
         bits = top_p_select.top_p_select(scores, top_p[head])
         pairs = token_pairs(bits, q.shape[2], block)[0]
         mask[slot, sample, head] = bits[0]
-        counters[slot, sample, head, Counter.KEPT] = pairs
-        counters[slot, sample, head, Counter.KEPT_SUM] += pairs
+        new_counters[sample, head, Counter.KEPT] = pairs
+        new_counters[sample, head, Counter.KEPT_SUM] += pairs
+    # Last, so that an interrupted call never leaves a head that claims a mask it has not got.
+    anchors[slot] = new_anchors
+    counters[slot] = new_counters
 
 
 def _refresh_cuda(
