@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, cast
@@ -21,6 +22,7 @@ from torch import Tensor, fx
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.exc import ShortenTraceback
 from torch._dynamo.source import SyntheticLocalSource
+from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false, statically_known_true
 from torch.utils._pytree import tree_leaves
@@ -90,8 +92,12 @@ def set_fake_value(node: fx.Node, value: Any, dialect: Dialect) -> None:
 
 def empty_fake(like: Tensor, shape: tuple[int | torch.SymInt, ...], dtype: torch.dtype) -> Tensor:
     """A contiguous fake tensor on the device and in the fake mode of ``like``; sizes may be symbolic."""
-    with torch.inference_mode(False), cast(FakeTensor, like).fake_mode:
-        return torch.empty(shape, dtype=dtype, device=like.device)
+    return _empty(cast(FakeTensor, like).fake_mode, shape, dtype, like.device)
+
+
+def _empty(mode: Any, shape: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False), mode:
+        return torch.empty(shape, dtype=dtype, device=device)
 
 
 def evaluate(node: fx.Node, known: Mapping[fx.Node, Any] | None = None) -> Any:
@@ -182,8 +188,8 @@ def argument_positions(gm: fx.GraphModule, signature: Sequence[str]) -> dict[str
     """
     found: dict[str, int] = {}
     for position, node in enumerate(gm.graph.find_nodes(op="placeholder")):
-        name = node._dynamo_source.name
-        source = name() if callable(name) else name  # a method up to torch 2.11, a property since
+        name: Any = node._dynamo_source.name
+        source = str(name() if callable(name) else name)  # a method up to torch 2.11, a property since
         if match := _KEYWORD_INPUT.match(source):
             found.setdefault(match[1], position)
         elif (match := _POSITIONAL_INPUT.match(source)) and int(match[1]) < len(signature):
@@ -219,11 +225,18 @@ InnerCompiler = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
 def inner_compiler(inner: str, mode: str | None) -> InnerCompiler:
     """The backend that compiles the rewritten graph; ``mode`` is one of ``torch.compile`` and needs Inductor.
 
+    Fakes among its inputs (those of ``append_static_input``) are moved to the fake mode that AOTAutograd is
+    going to use, sizes and all.
+
     Raises:
         OptionError: a mode for another compiler than Inductor, or a mode that torch does not know.
     """
-    if mode in (None, "default"):
-        return lookup_backend(inner)
+    mode = mode or "default"
+    compile_graph = lookup_backend(inner) if mode == "default" else _inductor_in_mode(inner, mode)
+    return lambda gm, inputs: compile_graph(gm, [_in_backend_mode(x) for x in inputs])
+
+
+def _inductor_in_mode(inner: str, mode: str) -> Callable[..., Any]:
     from torch._inductor import list_mode_options  # Inductor takes seconds to import
     from torch._inductor.compile_fx import compile_fx
 
@@ -235,8 +248,15 @@ def inner_compiler(inner: str, mode: str | None) -> InnerCompiler:
             where="torch.compile",
             fix="Leave out mode, or inner.",
         )
-    patches = list_mode_options(mode)
-    return lambda gm, inputs: compile_fx(gm, inputs, config_patches=patches)
+    return functools.partial(compile_fx, config_patches=modes[mode])
+
+
+def _in_backend_mode(value: Any) -> Any:
+    # Dynamo sets up a second fake mode, with the same symbols, before it calls a backend.
+    context = TracingContext.try_get()
+    if not isinstance(value, FakeTensor) or context is None or context.fake_mode is None:
+        return value
+    return _empty(context.fake_mode, tuple(value.shape), value.dtype, value.device)
 
 
 def through_dynamo(error: HasteError) -> HasteError:
@@ -251,6 +271,6 @@ def through_dynamo(error: HasteError) -> HasteError:
         "__str__": lambda self: str(error),  # Dynamo appends advice on its own log switches
         "__reduce__": lambda self: error.__reduce__(),  # this type has no importable name
     }
-    twin = Exception.__new__(type(kind.__name__, (kind, ShortenTraceback), names), *error.args)
+    twin: Any = Exception.__new__(type(kind.__name__, (kind, ShortenTraceback), names), *error.args)
     twin.__dict__.update(error.__dict__, first_useful_frame=None)
     return twin

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from haste_compile.passes.base import AttentionSite, PassContext
@@ -80,7 +80,7 @@ class GraphReport:
         return "\n".join([head, *_aligned(rows)])
 
 
-def _aligned(rows: list[tuple[str, ...]]) -> Iterable[str]:
+def _aligned(rows: Sequence[tuple[str, ...]]) -> Iterable[str]:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, fx
@@ -13,8 +13,8 @@ from haste_compile import _torch
 from haste_compile.config import HasteConfig, threshold_row
 from haste_compile.kernels.layout import COUNTER_COLUMNS, CTL_COLUMNS, Ctl
 
-Size = int | torch.SymInt
-Layout = tuple[tuple[Size, ...], torch.dtype]
+Size: TypeAlias = "int | torch.SymInt"
+Layout: TypeAlias = tuple[tuple[Size, ...], torch.dtype]
 
 REFRESH = torch.ops.haste.refresh_mask_.default
 ATTENTION = torch.ops.haste.block_sparse_attention.default

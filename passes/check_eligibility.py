@@ -39,15 +39,13 @@ def check_eligibility(gm: fx.GraphModule, ctx: PassContext) -> None:
     eligible = 0
     for site in ctx.sites:
         if site in kept_dense:
-            reason = "kept dense by option dense_sites"
-        else:
-            reason = _why_not(site, gm, ctx)
-            if reason and config.strict and site.kind == "self":
+            site.status, site.reason = "skipped", "kept dense by option dense_sites"
+        elif reason := _why_not(site, gm, ctx):
+            if config.strict and site.kind == "self":
                 raise _unsupported(site, reason)
-        site.reason = reason or ""
-        site.status = "skipped" if reason else "eligible"
-        if not reason:
-            site.index = eligible
+            site.status, site.reason = "skipped", reason
+        else:
+            site.status, site.index = "eligible", eligible
             eligible += 1
 
 

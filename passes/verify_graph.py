@@ -18,13 +18,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, fx
 
 from haste_compile import _torch
 from haste_compile.errors import GraphContractError
-from haste_compile.passes.base import ATTENTION, REFRESH, PassContext, PlaceholderBinding, same_layout
+from haste_compile.passes.base import (
+    ATTENTION,
+    REFRESH,
+    AttentionSite,
+    PassContext,
+    PlaceholderBinding,
+    same_layout,
+)
 from haste_compile.passes.rewrite_self_attention import unbound_state
 
 # Positions of the state operands in the two ops' arguments.
@@ -89,9 +96,9 @@ def pairs_agree(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
         if refresh.args[:2] != attention.args[:2]:
             yield f"{site.label} refreshes for {refresh.args[:2]} and attends with {attention.args[:2]}"
         for field, position in _ATTENTION_STATE.items():
-            if refresh.args[_REFRESH_STATE[field]] is not attention.args[position]:
+            if _operand(site, field) is not attention.args[position]:
                 yield f"{site.label} has two tensors for {field}"
-    clocks = {site.inserted[0].args[_REFRESH_STATE["ctl"]] for site in ctx.rewritten}
+    clocks = {_operand(site, "ctl") for site in ctx.rewritten}
     if len(clocks) > 1:
         yield f"{len(clocks)} different ctl tensors"
 
@@ -100,21 +107,18 @@ def state_is_bound(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
     for node in gm.graph.find_nodes(op="call_function", target=unbound_state):
         yield f"{node.name} has no tensor"
     for site in ctx.rewritten:
-        for field, position in _REFRESH_STATE.items():
-            node: Any = site.inserted[0].args[position]
+        for field in _REFRESH_STATE:
+            node = _operand(site, field)
             if node.op not in ("placeholder", "get_attr"):
                 yield f"{field} of {site.label} is computed by {node.name}"
 
 
 def state_is_mutated_once(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
-    operands = [site.inserted[0].args[_REFRESH_STATE[field]] for site in ctx.rewritten for field in _MUTATED]
-    for node, count in Counter(operands).items():
-        if count > 1:
-            yield f"{node} is mutated {count} times"
+    operands = Counter(_operand(site, field) for site in ctx.rewritten for field in _MUTATED)
+    yield from (f"{node.name} is mutated {count} times" for node, count in operands.items() if count > 1)
     for site in ctx.rewritten:
         for field in _MUTATED:
-            node: Any = site.inserted[0].args[_REFRESH_STATE[field]]
-            strangers = set(node.users) - set(site.inserted[:2])
+            strangers = set(_operand(site, field).users) - set(site.inserted[:2])
             if strangers:
                 yield f"{field} of {site.label} is also used by {_names(strangers)}"
 
@@ -122,7 +126,7 @@ def state_is_mutated_once(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]
 def inputs_are_in_order(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
     if isinstance(ctx.binding, PlaceholderBinding):
         bound = ctx.binding.nodes
-        placeholders = gm.graph.find_nodes(op="placeholder")
+        placeholders = list(gm.graph.find_nodes(op="placeholder"))
         if placeholders[len(placeholders) - len(bound) :] != bound:
             yield f"the last inputs are not {_names(bound)}"
 
@@ -137,6 +141,10 @@ def outputs_keep_their_layout(gm: fx.GraphModule, ctx: PassContext) -> Iterator[
             yield f"{site.label} gives {out.dtype} on {out.device}, not {expected.dtype} on {expected.device}"
         elif not same_layout(out, expected):
             yield f"{site.label} gives {_layout(out)}, not {_layout(expected)}"
+
+
+def _operand(site: AttentionSite, field: str) -> fx.Node:
+    return cast(fx.Node, site.inserted[0].args[_REFRESH_STATE[field]])
 
 
 def _names(nodes: Iterable[fx.Node]) -> str:

@@ -155,6 +155,7 @@ def test_module_path_spellings(spelled: str, path: str | None):
 
 
 def test_module_path_of_traced_graphs_and_of_a_node_without_owner():
+    pytest.importorskip("diffusers")
     model = build_transformer()
     for trace in (capture, export):
         gm = trace(model, **transformer_inputs())
@@ -223,6 +224,27 @@ def test_size_reader_works_out_symbolic_sizes():
         for count in (200, 129):
             compiled(tokens(count))
     assert found == [(1, 2, 200, 64, 4), (1, 2, 129, 64, 3)]
+
+
+def test_fakes_reach_the_inner_compiler_in_the_mode_of_aot_autograd(monkeypatch):
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def backend(gm, inputs):
+        (site,) = [n for n in gm.graph.nodes if _torch.attention_call(n)]
+        recorded = _torch.fake_value(site)
+
+        def inner(gm, inputs):
+            seen.append((recorded, inputs[-1]))
+            return gm.forward
+
+        monkeypatch.setattr(_torch, "lookup_backend", lambda name: inner)
+        return _torch.inner_compiler("eager", None)(gm, [*inputs, recorded])
+
+    compile_with(backend, dynamic=True)
+    ((recorded, moved),) = seen
+    assert moved.shape == recorded.shape and isinstance(moved.shape[2], torch.SymInt)
+    assert moved.fake_mode is not recorded.fake_mode
+    assert moved.fake_mode.shape_env is recorded.fake_mode.shape_env
 
 
 @pytest.mark.parametrize("inner", ["eager", "aot_eager"])

@@ -152,7 +152,10 @@ def test_no_attention_names_the_backend_to_choose():
 def test_flex_attention_backend_leaves_no_site():
     transformer = build_transformer()
     transformer.set_attention_backend("flex")
-    gm = capture(transformer, **transformer_inputs())
+    try:
+        gm = capture(transformer, **transformer_inputs())
+    finally:
+        transformer.set_attention_backend("native")  # diffusers also remembers the choice for the process
     with pytest.raises(NoAttentionSitesError, match="flex"):
         found(gm)
 
