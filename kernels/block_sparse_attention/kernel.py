@@ -87,7 +87,7 @@ def block_sparse_attention_kernel(
     if RAGGED:
         # Indices ascend, so only the last step can meet the block that reaches past the last token.
         ragged_step = tl.where(tl.load(row_indices + kept - 1) == key_blocks - 1, kept - 1, -1)
-        ragged_size = tokens - (key_blocks - 1) * BLOCK
+        penalty = tl.where(columns < tokens - (key_blocks - 1) * BLOCK, 0.0, _NO_KEY)
 
     # Scores are kept in units of log2: exp2 then needs no multiplication by log2(e) for every score.
     scale_log2 = scale * _LOG2_E
@@ -99,9 +99,9 @@ def block_sparse_attention_kernel(
         keys = _load_rows(k, batch, head, key_start, stride_kb, stride_kh, stride_kn, tokens, BLOCK, D, TMA)
         scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
         if RAGGED:
-            # One compare a column, not a score: the sum becomes the initial accumulator of the product.
-            size = tl.where(step == ragged_step, ragged_size, BLOCK)
-            scores += tl.where(columns < size, 0.0, _NO_KEY)[None, :]
+            # A multiplication a column, which becomes the initial accumulator of the product, is cheaper
+            # than a comparison and a selection a score.
+            scores += penalty[None, :] * (step == ragged_step).to(tl.float32)
         new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2)
         weights = tl.exp2(scores * scale_log2 - new_max[:, None])
         rescale = tl.exp2(row_max - new_max)
@@ -150,45 +150,44 @@ def attend(
     Raises:
         InputError: a dtype, stride, block, head dim or scale that the kernel does not take.
     """
-    batch, heads, tokens, dim = q.shape
+    dim = q.shape[-1]
     _check(q, k, v, mask, block, scale)
     out = torch.empty_like(q) if out is None else out
-    lse = q.new_empty((batch, heads, tokens), dtype=torch.float32) if lse is None else lse
-    if launch is None:
-        launch = choose_launch(
-            torch.cuda.get_device_capability(q.device) if q.is_cuda else (9, 0),  # interpreted: Hopper's path
-            block=block,
-            dim=dim,
-            itemsize=q.element_size(),
-            tma_ready=all(map(_tma_ready, (q, k, v))),
-        )
-    arguments = (
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32) if lse is None else lse
+    launch = launch or choose_launch(
+        torch.cuda.get_device_capability(q.device) if q.is_cuda else (9, 0),  # interpreted: Hopper's path
+        block=block,
+        dim=dim,
+        itemsize=q.element_size(),
+        tma_ready=all(map(_tma_ready, (q, k, v))),
+    )
+    # Each program makes its descriptor of Q in scratch memory, for which Triton asks an allocator kept in a
+    # context variable. Set in a copy of the context, ours does not meet anybody else's kernels.
+    contextvars.copy_context().run(_start, q, k, v, mask, scale, out, lse, launch)
+    return out, lse
+
+
+def _start(
+    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float, out: Tensor, lse: Tensor, launch: Launch
+) -> None:
+    batch, heads, tokens, dim = q.shape
+    query_blocks, key_blocks = mask.indices.shape[2:]
+    triton.set_allocator(lambda size, _alignment, _stream: q.new_empty(size, dtype=torch.int8))
+    block_sparse_attention_kernel[(query_blocks, heads, batch)](
         q,
-        _descriptor(k, block) if launch.tma else k,
-        _descriptor(v, block) if launch.tma else v,
+        _descriptor(k, mask.block) if launch.tma else k,
+        _descriptor(v, mask.block) if launch.tma else v,
         out, lse, mask.counts, mask.indices,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-        tokens, mask.indices.shape[-1], scale,
+        tokens, key_blocks, scale,
+        BLOCK=mask.block,
+        D=dim,
+        RAGGED=tokens % mask.block != 0,
+        TMA=launch.tma,
+        WARP_SPECIALIZE=launch.warp_specialize,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
     )  # fmt: skip
-
-    def start() -> None:
-        if launch.tma:
-            # The descriptor of Q that each program makes lives in scratch that the caller must provide. The
-            # allocator is a context variable: set in a copy of the context, it stays out of other kernels.
-            triton.set_allocator(lambda size, _align, _stream: q.new_empty(size, dtype=torch.int8))
-        block_sparse_attention_kernel[(mask.indices.shape[2], heads, batch)](
-            *arguments,
-            BLOCK=block,
-            D=dim,
-            RAGGED=tokens % block != 0,
-            TMA=launch.tma,
-            WARP_SPECIALIZE=launch.warp_specialize,
-            num_warps=launch.num_warps,
-            num_stages=launch.num_stages,
-        )
-
-    contextvars.copy_context().run(start)
-    return out, lse
 
 
 def _descriptor(x: Tensor, block: int) -> TensorDescriptor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from haste_compile.errors import InputError
-from haste_compile.kernels.block_mask import BlockMask, pack_bits, token_pairs
+from haste_compile.kernels.block_mask import BlockMask, pack_bits, token_pairs, unpack_bits
 from haste_compile.kernels.block_sparse_attention import cpu, reference
 from haste_compile.kernels.block_sparse_attention.launch import Launch, choose_launch
 
@@ -30,8 +30,9 @@ SHAPES = [
     (1, 2, 129, 64, 128),
     (2, 2, 200, 128, 64),
     (1, 2, 333, 64, 64),
+    (1, 1, 333, 128, 128),
+    (1, 2, 256, 64, 128),
 ]
-SHAPES += [(1, 1, 333, 128, 128), (1, 2, 256, 64, 128)]
 
 Attend = Callable[..., tuple[Tensor, Tensor]]
 Oracle = Attend
@@ -48,8 +49,6 @@ def by_kernel(launch: Launch | None) -> Attend:
     def attend(
         q: Tensor, k: Tensor, v: Tensor, bits: Tensor, *, block: int, scale: float
     ) -> tuple[Tensor, Tensor]:
-        from haste_compile.kernels.block_mask import unpack_bits
-
         kept = unpack_bits(bits, -(-q.shape[2] // block))
         return kernel.attend(q, k, v, lists(kept, block), block=block, scale=scale, launch=launch)
 
