@@ -1,4 +1,4 @@
-"""The backend alone: ``torch.compile(..., backend="haste")`` on a Wan transformer, with no import of the package.
+"""The backend alone: ``torch.compile(..., backend="haste")`` on a Wan transformer, without importing it.
 
     python examples/compile_transformer.py
 

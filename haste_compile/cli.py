@@ -266,7 +266,7 @@ def _request(
         "width": width,
         "frames": frames,
     }
-    changes = {name: value for name, value in given.items() if value is not None}
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     return dataclasses.replace(default_request(model), **changes)
 
 

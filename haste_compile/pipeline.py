@@ -120,17 +120,17 @@ class Handle:
     def summary(self) -> str:
         """Sites, density and refresh rate of each transformer, as text for people. Reads the device."""
         lines = []
-        statistics = self.statistics()
-        for name, reports in self.reports().items():
-            if not reports:
+        for name, figures in self.statistics().items():
+            # Equal transformers, and the blocks of one, share graphs: only the first of them has its report.
+            reports = backend.reports(self.transformers[name])
+            rewritten = set(figures.sites) or {site.name for r in reports for site in r.rewritten}
+            skipped = {(site.name, site.reason) for report in reports for site in report.skipped}
+            if not rewritten and not skipped:
                 lines.append(f"{name}: not called yet, nothing is compiled")
                 continue
-            rewritten = sum(len(report.rewritten) for report in reports)
-            skipped = [site for report in reports for site in report.skipped]
-            lines.append(f"{name}: {rewritten} attention sites rewritten, {len(skipped)} left dense")
-            reasons = [site.reason for site in skipped]
-            lines += [f"  {reasons.count(reason):4} × {reason}" for reason in dict.fromkeys(reasons)]
-            figures = statistics[name]
+            lines.append(f"{name}: {len(rewritten)} attention sites rewritten")
+            reasons = sorted(reason for _, reason in skipped)
+            lines += [f"  left dense {reasons.count(reason)} × {reason}" for reason in dict.fromkeys(reasons)]
             if figures.calls:
                 lines.append(
                     f"  density {figures.density:.1%} of query-key pairs, masks rebuilt in "

@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny_wan
 
 import haste_compile
-import tiny_wan
 from haste_compile import cli, doctor
 from haste_compile.errors import DeviceError, OutputPathError
 from haste_compile.loading import load_pipeline, pick_device, transformer_structures

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_wan
 import torch
 
-import tiny_wan
 from haste_compile import cli, demo
 from haste_compile.evaluation.metrics import psnr_db
 from haste_compile.evaluation.video import read_mp4

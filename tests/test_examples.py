@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-
 import tiny_wan
+
 from haste_compile.evaluation.video import read_mp4
 
 ROOT = Path(__file__).parents[1]

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_wan
 import torch
 
 import haste_compile
-import tiny_wan
 from haste_compile import cli, errors
 from haste_compile.config import PRESETS, HasteConfig
 from haste_compile.passes import PASSES
