@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.exc import ShortenTraceback
+from torch._dynamo.resume_execution import TORCH_DYNAMO_RESUME_IN_PREFIX
 from torch._dynamo.source import SyntheticLocalSource
 from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor
@@ -62,6 +63,15 @@ def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
         if hasattr(gm, name):
             setattr(twin, name, getattr(gm, name))
     return twin
+
+
+def is_fragment(gm: fx.GraphModule) -> bool:
+    """Whether Dynamo broke the traced function into several graphs, of which this is one."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    return reason is not None and (
+        reason.graph_break
+        or any(frame.name.startswith(TORCH_DYNAMO_RESUME_IN_PREFIX) for frame in reason.user_stack)
+    )
 
 
 def append_static_input(gm: fx.GraphModule, name: str, fake: Tensor) -> fx.Node:

@@ -101,7 +101,7 @@ def _why_not_tokens(tokens: int | torch.SymInt, ctx: PassContext) -> str | None:
 
 def _check_dense_sites(config: HasteConfig, sites: int) -> None:
     unknown = [index for index in config.dense_sites if index >= sites]
-    if unknown:
+    if sites and unknown:
         raise OptionError(
             found=", ".join(map(str, unknown)),
             wanted=f"indices below {sites}, the number of self-attention sites in the graph",

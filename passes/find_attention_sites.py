@@ -31,11 +31,12 @@ def find_attention_sites(gm: fx.GraphModule, ctx: PassContext) -> None:
         x ── linear ────────────────── v ┘                    text  linear ── v ┘
 
     Raises:
-        NoAttentionSitesError: there is none; some attention backends leave no such node.
+        NoAttentionSitesError: there is none; some attention backends leave no such node. A graph that is one
+            piece of a function which Dynamo had to break may well have none.
         GraphContractError: the graph records no shapes.
     """
     ctx.sites = [_read_site(node, call) for node, call in _attention_nodes(gm)]
-    if not ctx.sites:
+    if not ctx.sites and not _torch.is_fragment(gm):
         raise NoAttentionSitesError(
             found="no scaled_dot_product_attention in the traced graph",
             wanted="at least one attention site",

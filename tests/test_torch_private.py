@@ -48,6 +48,23 @@ def test_a_copied_graph_is_still_dynamos_and_shares_no_node():
     assert next(iter(gm.graph.find_nodes(op="output"))).args != ((),)
 
 
+def test_fragments_of_a_broken_graph():
+    def broken(x: Tensor) -> Tensor:
+        x = x + 1
+        torch._dynamo.graph_break()
+        return x * 2
+
+    fragments: list[bool] = []
+
+    def backend(gm, inputs):
+        fragments.append(_torch.is_fragment(_torch.copy_graph(gm)))
+        return gm.forward
+
+    compile_with(backend, broken, torch.ones(2))
+    compile_with(backend, toy({}), tokens())
+    assert fragments == [True, True, False]
+
+
 def test_aot_autograd_takes_state_inputs_as_static():
     seen: list[tuple[int, list[int]]] = []
 

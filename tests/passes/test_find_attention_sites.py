@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from graph_capture import SMALL, ToyAttention, ToyModel, capture, export, tokens, toy
+from graph_capture import SMALL, Rewriting, ToyAttention, ToyModel, capture, export, tokens, toy
 from tiny_wan import TEXT_DIM, TOKENS, build_transformer, transformer_inputs
 from torch import Tensor, fx, nn
 
@@ -147,6 +147,22 @@ def test_no_attention_names_the_backend_to_choose():
     gm = capture(nn.Linear(4, 4), torch.randn(2, 4))
     with pytest.raises(NoAttentionSitesError, match=r"set_attention_backend\('native'\)"):
         found(gm)
+
+
+def test_a_broken_graph_may_have_pieces_without_attention():
+    class Broken(ToyModel):
+        def forward(self, x: Tensor, *context: Tensor) -> Tensor:
+            x = x * 2
+            torch._dynamo.graph_break()
+            x = super().forward(x)
+            torch._dynamo.graph_break()
+            return x + 1
+
+    rewriting, model = Rewriting(), Broken(ToyAttention())
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model, backend=rewriting)(tokens()), model(tokens()))
+    assert [len(ctx.rewritten) for ctx in rewriting.contexts] == [0, 1, 0]
 
 
 def test_flex_attention_backend_leaves_no_site():

@@ -155,6 +155,14 @@ def test_exported_graph_equals_dense_attention():
     assert [c[0, 0, :, Counter.CALLS].tolist() for c in counters] == [[2, 2], [2, 2]]
 
 
+def test_rewritten_exported_graph_can_be_exported_again():
+    model, x = toy({}, {}), tokens()
+    gm = export(model, x)
+    rewrite(gm, dialect="export")
+    with torch.no_grad():
+        torch.testing.assert_close(export(gm, x)(x), model(x), rtol=1e-4, atol=1e-5)
+
+
 def test_a_state_name_that_runs_unbound_says_so():
     with pytest.raises(GraphContractError, match="'mask' of site 3"):
         unbound_state(3, "mask")
