@@ -144,6 +144,21 @@ def test_generate_refuses_an_image_for_text_to_video(haste, model: Path, tmp_pat
     assert list(tmp_path.iterdir()) == []  # not even the folder that --out named
 
 
+def test_generate_from_an_image(haste, tmp_path: Path) -> None:
+    from PIL import Image
+
+    tiny_wan.build_image_pipeline().save_pretrained(tmp_path / "model")
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "first.png")
+    arguments = ["generate", "--model", tmp_path / "model", "--prompt", "a circle", *SMALL, *OPTIONS]
+    arguments += ["--out", tmp_path / "video.mp4", "--json"]
+    code, _, err = haste(*arguments)
+    assert code == 2 and "Give --image" in err
+    code, out, _ = haste(*arguments, "--image", tmp_path / "first.png")
+    assert code == 0
+    assert json.loads(out)["statistics"]["transformer"]["calls"] == 2 * 2 * 2 * 2
+    assert (tmp_path / "video.mp4").stat().st_size > 1000
+
+
 def test_strict_names_the_site_that_does_not_fit(haste, model: Path, tmp_path: Path) -> None:
     code, out, err = haste(
         *("generate", "--model", model, "--prompt", "a circle", "--out", tmp_path / "video.mp4"),

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from chromium import assert_clean, chromium, clip_times, open_page, wait_for, wait_for_seek
 
 from haste_compile.evaluation.compare_page import Comparison, render_page
 from haste_compile.evaluation.video import read_mp4, write_mp4
@@ -56,39 +54,14 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not (chromium and driver):
-        if os.environ.get("CI"):
-            pytest.fail("chromium and chromedriver must be installed in CI; .ci/run does that")
-        pytest.skip("chromium and chromedriver are not installed (Debian: chromium chromium-driver)")
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1300,1750"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    session = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    yield session
-    session.quit()
+    with chromium() as session:
+        yield session
 
 
 @pytest.fixture
 def opened(browser: Any, page: Path) -> Any:
-    browser.get(page.as_uri())
-    _wait(lambda: browser.execute_script("return clips.every(c => c.readyState >= 2)"), "the clips to load")
+    open_page(browser, page)
     return browser
-
-
-def _wait(condition: Any, what: str, seconds: float = 20.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"waited {seconds} s for {what}"
-        time.sleep(0.05)
-
-
-def _times(browser: Any) -> list[float]:
-    return browser.execute_script("return clips.map(c => c.currentTime)")
 
 
 def test_page_is_self_contained(page: Path) -> None:
@@ -107,10 +80,10 @@ def test_prompt_is_escaped(opened: Any) -> None:
 def test_clips_play_in_step(opened: Any) -> None:
     opened.execute_script("seek(0)")
     opened.find_element("id", "play").click()
-    _wait(lambda: min(_times(opened)) > 0.6, "all clips to play for 0.6 s")
+    wait_for(lambda: min(clip_times(opened)) > 0.6, "all clips to play for 0.6 s")
     opened.find_element("id", "play").click()
-    _wait(lambda: opened.execute_script("return clips.every(c => c.paused && !c.seeking)"), "the pause")
-    times = _times(opened)
+    wait_for_seek(opened)
+    times = clip_times(opened)
     assert len(times) == 3
     assert max(times) - min(times) < 0.5 / FPS
     assert opened.execute_script("return clips.map(c => c.error)") == [None] * 3
@@ -123,14 +96,14 @@ def test_slider_and_keys_move_every_clip(opened: Any) -> None:
     slider.send_keys(Keys.HOME)
     for _ in range(7):
         slider.send_keys(Keys.ARROW_RIGHT)
-    _wait(lambda: opened.execute_script("return clips.every(c => !c.seeking)"), "the seek")
-    assert [int(t * FPS) for t in _times(opened)] == [7, 7, 7]
+    wait_for_seek(opened)
+    assert [int(t * FPS) for t in clip_times(opened)] == [7, 7, 7]
     assert opened.find_element("id", "where").text == f"frame 7 of {FRAMES - 1}"
 
     opened.execute_script("document.activeElement.blur()")
     opened.find_element("css selector", "body").send_keys(Keys.END)
-    _wait(lambda: opened.execute_script("return clips.every(c => !c.seeking)"), "the seek")
-    assert [int(t * FPS) for t in _times(opened)] == [FRAMES - 1] * 3
+    wait_for_seek(opened)
+    assert [int(t * FPS) for t in clip_times(opened)] == [FRAMES - 1] * 3
 
 
 def test_slider_shows_different_frames_of_the_clip(opened: Any) -> None:
@@ -138,7 +111,7 @@ def test_slider_shows_different_frames_of_the_clip(opened: Any) -> None:
     pixels = []
     for frame in (0, 20):
         opened.execute_script(f"seek({frame})")
-        _wait(lambda: opened.execute_script("return clips.every(c => !c.seeking)"), "the seek")
+        wait_for_seek(opened)
         pixels.append(
             opened.execute_script(
                 "const c = document.createElement('canvas'); c.width = c.height = 64;"
@@ -163,12 +136,7 @@ def test_charts_show_the_numbers(opened: Any) -> None:
 
 
 def test_no_console_error_and_no_request(opened: Any) -> None:
-    import json
-
-    assert [entry for entry in opened.get_log("browser") if entry["level"] == "SEVERE"] == []
-    messages = [json.loads(entry["message"])["message"] for entry in opened.get_log("performance")]
-    urls = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
-    assert urls and all(url.startswith(("file:", "data:")) for url in urls)
+    assert_clean(opened)
 
 
 def test_mp4_holds_every_frame(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import tiny_wan
 import torch
+from chromium import assert_clean, chromium, clip_times, open_page, wait_for, wait_for_seek
 
 from haste_compile import cli, demo
 from haste_compile.evaluation.metrics import psnr_db
@@ -107,6 +108,18 @@ def test_page_shows_the_summary(finished: tuple[int, Path], summary: dict[str, A
     assert page.count("data:video/mp4;base64,") == 3
     for text in (f"{summary['psnr_db']:.1f} dB", f"{summary['density']:.1%}", "blocks.1.attn1"):
         assert text in page
+
+
+def test_page_plays_in_a_browser(finished: tuple[int, Path]) -> None:
+    with chromium() as session:
+        open_page(session, finished[1] / "compare.html")
+        session.find_element("id", "play").click()
+        wait_for(lambda: min(clip_times(session)) > 0.3, "all clips to play for 0.3 s")
+        session.find_element("id", "play").click()
+        session.execute_script("slider.value = 11; slider.dispatchEvent(new Event('input'))")
+        wait_for_seek(session)
+        assert [int(t * 16) for t in clip_times(session)] == [11, 11, 11]
+        assert_clean(session)
 
 
 def test_checks_can_fail(summary: dict[str, Any]) -> None:

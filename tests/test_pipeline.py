@@ -35,7 +35,7 @@ def run(
     pipe: Any, *, seed: int = 0, steps: int = 3, frames: int = tiny_wan.FRAMES, **keywords: Any
 ) -> torch.Tensor:
     return pipe(
-        "a red circle moves left",
+        prompt="a red circle moves left",
         num_frames=frames,
         height=tiny_wan.HEIGHT,
         width=tiny_wan.WIDTH,
@@ -150,6 +150,24 @@ def test_two_experts() -> None:
     assert figures["transformer"].calls + figures["transformer_2"].calls == 4 * heads
     assert min(f.calls for f in figures.values()) >= heads
     assert all(f.refreshes == heads for f in figures.values())
+
+
+def test_image_to_video() -> None:
+    """Wan 2.1's form: each block has cross-attention to the text and to the image."""
+    from PIL import Image
+
+    torch._dynamo.reset()
+    pipe = tiny_wan.build_image_pipeline()
+    image = Image.new("RGB", (tiny_wan.WIDTH, tiny_wan.HEIGHT), "red")
+    dense = run(pipe, image=image)
+    said = explain(pipe, height=128, width=128, num_frames=17, **OPTIONS)["transformer"].report
+    assert (len(said.rewritten), len(said.skipped)) == (2, 4)
+    with optimize(pipe, **OPTIONS) as handle:
+        sparse = run(pipe, image=image)
+        assert "2 attention sites rewritten" in handle.summary()
+        assert "left dense 2 × cross-attention (320 queries, 257 keys)" in handle.summary()
+        assert handle.statistics()["transformer"].density < 0.9
+    assert sparse.shape == dense.shape and not torch.allclose(sparse, dense, atol=1e-4)
 
 
 def test_two_sizes_in_one_process(pipe: Any) -> None:

@@ -71,10 +71,62 @@ def build_pipeline(seed: int = 0, *, experts: int = 1, **transformer_changes: An
 
     With ``experts=2`` it has Wan 2.2's second transformer, which takes over below 0.875 of the noise.
     """
-    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
+    from diffusers import WanPipeline
+
+    pipe = WanPipeline(
+        **_text_and_vae(seed),
+        transformer=build_transformer(seed, **transformer_changes),
+        transformer_2=build_transformer(seed + 2, **transformer_changes) if experts == 2 else None,
+        boundary_ratio=0.875 if experts == 2 else None,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def build_image_pipeline(seed: int = 0) -> Any:
+    """A ``WanImageToVideoPipeline`` in the form of Wan 2.1, with a CLIP image encoder.
+
+    Its transformer reads noise, mask and first frame side by side, and attends to text and image.
+    """
+    from diffusers import WanImageToVideoPipeline
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed + 3)
+        image_encoder = CLIPVisionModel(
+            CLIPVisionConfig(
+                hidden_size=32,
+                intermediate_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                patch_size=14,
+            )
+        ).eval()
+    pipe = WanImageToVideoPipeline(
+        **_text_and_vae(seed),
+        transformer=build_transformer(
+            seed,
+            in_channels=2 * LATENT_CHANNELS + 4,
+            image_dim=32,
+            added_kv_proj_dim=HEADS * HEAD_DIM,
+        ),
+        image_encoder=image_encoder,
+        image_processor=CLIPImageProcessor(),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def save_pipeline(folder: Path, seed: int = 0) -> Path:
+    """Write ``build_pipeline(seed)`` as a diffusers folder and return its path."""
+    build_pipeline(seed).save_pretrained(folder)
+    return folder
+
+
+def _text_and_vae(seed: int) -> dict[str, Any]:
+    from diffusers import AutoencoderKLWan, UniPCMultistepScheduler
     from transformers import UMT5Config, UMT5EncoderModel
 
-    transformer = build_transformer(seed, **transformer_changes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed + 1)
         vae = AutoencoderKLWan(
@@ -90,25 +142,10 @@ def build_pipeline(seed: int = 0, *, experts: int = 1, **transformer_changes: An
                 vocab_size=len(_WORDS) + 3, d_model=TEXT_DIM, d_kv=16, d_ff=32, num_layers=2, num_heads=2
             )
         ).eval()
-    pipe = WanPipeline(
-        tokenizer=_tokenizer(),
-        text_encoder=text_encoder,
-        vae=vae,
-        scheduler=UniPCMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
-        ),
-        transformer=transformer,
-        transformer_2=build_transformer(seed + 2, **transformer_changes) if experts == 2 else None,
-        boundary_ratio=0.875 if experts == 2 else None,
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
     )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def save_pipeline(folder: Path, seed: int = 0) -> Path:
-    """Write ``build_pipeline(seed)`` as a diffusers folder and return its path."""
-    build_pipeline(seed).save_pretrained(folder)
-    return folder
+    return {"tokenizer": _tokenizer(), "text_encoder": text_encoder, "vae": vae, "scheduler": scheduler}
 
 
 def _tokenizer() -> Any:
