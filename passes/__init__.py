@@ -7,6 +7,17 @@ becomes, for every self-attention site,
     refresh_mask_(q, k, top_p, delta, ctl, mask!, anchors!, counters!)
     out, lse = block_sparse_attention(q, k, v, mask, ctl)
 
+in six steps:
+
+| pass                   | does                                                       | edits the graph |
+|------------------------|------------------------------------------------------------|-----------------|
+| find_attention_sites   | lists the attention nodes, tells self from cross          | no              |
+| check_eligibility      | decides which are rewritten, with a reason for each skip   | no              |
+| rewrite_self_attention | inserts the two ops, naming the state they need            | yes             |
+| bind_state             | supplies that state: inputs (live) or buffers (exported)   | yes             |
+| remove_dead_nodes      | erases the dense attention that was replaced               | yes             |
+| verify_graph           | holds the result against its written specification         | no              |
+
 The same passes serve Dynamo graphs and torch.export graphs; what differs lies in ``haste_compile._torch``.
 With HASTE_DUMP set to a folder, the graph before and after each pass is written there.
 """

@@ -90,7 +90,7 @@ class AttentionSite:
     @property
     def scale(self) -> float:
         """Factor on the logits; 1/√D where the call leaves it open."""
-        return self.call.scale if self.call.scale is not None else self.query.shape[-1] ** -0.5
+        return float(self.call.scale) if self.call.scale is not None else self.query.shape[-1] ** -0.5
 
     @property
     def label(self) -> str:

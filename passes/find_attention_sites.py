@@ -38,9 +38,9 @@ def find_attention_sites(gm: fx.GraphModule, ctx: PassContext) -> None:
     ctx.sites = [_read_site(node, call) for node, call in _attention_nodes(gm)]
     if not ctx.sites and not _torch.is_fragment(gm):
         raise NoAttentionSitesError(
-            found="no scaled_dot_product_attention in the traced graph",
+            found="no scaled_dot_product_attention node",
             wanted="at least one attention site",
-            where="graph of " + type(gm).__name__,
+            where="traced graph",
             fix="Compile the transformer itself. diffusers attention backends such as 'flex' or 'sage' leave "
             "no such node: call transformer.set_attention_backend('native') before compiling.",
         )
