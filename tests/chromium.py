@@ -16,7 +16,7 @@ import pytest
 
 @contextmanager
 def chromium() -> Iterator[Any]:
-    """A Selenium session; where Chromium is missing, skips the test, and fails it in CI (.ci/run installs it)."""
+    """A Selenium session; where Chromium is missing, the test is skipped, but fails in CI."""
     browser, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if not (browser and driver):
         if os.environ.get("CI"):
