@@ -11,7 +11,7 @@ in six steps:
 
 | pass                   | does                                                       | edits the graph |
 |------------------------|------------------------------------------------------------|-----------------|
-| find_attention_sites   | lists the attention nodes, tells self from cross          | no              |
+| find_attention_sites   | lists the attention nodes, tells self from cross           | no              |
 | check_eligibility      | decides which are rewritten, with a reason for each skip   | no              |
 | rewrite_self_attention | inserts the two ops, naming the state they need            | yes             |
 | bind_state             | supplies that state: inputs (live) or buffers (exported)   | yes             |
