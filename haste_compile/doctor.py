@@ -8,6 +8,7 @@ import importlib.util
 import os
 import platform
 import re
+import shutil
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ def examine() -> list[Check]:
     """Every check, in the order a reader wants them."""
     installed = versions()
     checks = [_check_version(name, installed.get(name)) for name in SUPPORTED]
-    checks.append(_check_entry_point())
+    checks += [_check_entry_point(), _check_compiler()]
     threads = torch.get_num_threads()
     checks.append(
         Check(
@@ -99,6 +100,16 @@ def _check_entry_point() -> Check:
             "backend", "registered", "ok", 'torch.compile(..., backend="haste") works without an import'
         )
     return Check("backend", "no entry point", "missing", "install the package with pip")
+
+
+def _check_compiler() -> Check:
+    name = os.environ.get("CXX", "g++")
+    path = shutil.which(name)
+    if path is None:
+        return Check(
+            "C++ compiler", f"no {name}", "missing", "on the CPU only inner=aot_eager or eager will work"
+        )
+    return Check("C++ compiler", path, "ok", "Inductor compiles with it on the CPU")
 
 
 def _check_gpus(has_triton: bool) -> list[Check]:

@@ -220,6 +220,14 @@ def test_doctor_fails_on_an_unsupported_version(haste, monkeypatch: pytest.Monke
     assert (verdicts["torch"], verdicts["numpy"], verdicts["diffusers"]) == ("wrong", "ok", "missing")
 
 
+def test_doctor_misses_the_compiler(haste, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    code, out, _ = haste("doctor", "--json")
+    (check,) = [c for c in json.loads(out)["checks"] if c["name"] == "C++ compiler"]
+    assert check["verdict"] == "missing" and "aot_eager" in check["note"]
+    assert code == 0  # the package works without
+
+
 def test_doctor_knows_what_pyproject_says() -> None:
     import tomllib
 
