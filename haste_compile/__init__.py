@@ -15,3 +15,25 @@ if _os.path.isfile(_os.path.join(_root, "passes", "__init__.py")) and not _os.pa
     _os.path.join(_here, "passes")
 ):
     __path__.append(_root)
+
+_PUBLIC = {
+    "optimize": "haste_compile.pipeline",
+    "Handle": "haste_compile.pipeline",
+    "explain": "haste_compile.explanation",
+    "statistics": "haste_compile.state",
+    "reset": "haste_compile.state",
+    "HasteConfig": "haste_compile.config",
+    "HasteError": "haste_compile.errors",
+}
+
+
+def __getattr__(name: str) -> object:
+    import importlib
+
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})
