@@ -2,13 +2,15 @@
 
 A program walks the ascending list of its kept key blocks with an online softmax (Milakov and Gimelshein 2018,
 in FlashAttention-2's order of operations), so its time follows the number of kept blocks. On Hopper the loop
-is warp-specialised: a producer warp group keeps TMA loads of K and V in flight, and two consumer warp groups
-of 64 query rows each do ``wgmma`` and softmax, one's softmax under the other's products.
+can be warp-specialised: a producer warp group keeps TMA loads of K and V in flight, and two consumer warp
+groups of 64 query rows each do ``wgmma`` and softmax, one's softmax under the other's products.
 
 Triton's Hopper pass (3.6 and 3.7) puts narrow limits on the loop, each found by reading what it generates:
 a branch inside the loop switches specialisation off, a second loop or a tile loaded through plain pointers
 crashes it, and Q through a host-made descriptor is split between the consumers without splitting the
-descriptor, which writes past the tile. Hence one loop, no branch, and Q's descriptor made on the device.
+descriptor, which writes past the tile. It also gives the second consumer its rows twice over: through ranges
+and through the value that is Q's coordinate, wherever a vector is made of that value. Hence one loop, no
+branch, Q's descriptor made on the device, and no vector made of the block's offset.
 """
 
 from __future__ import annotations
@@ -111,13 +113,16 @@ def block_sparse_attention_kernel(
         accumulator = tl.dot(weights.to(values.dtype), values, accumulator, input_precision="ieee")
         row_max = new_max
 
-    rows = start + columns
-    inside = rows < tokens
+    # `start` stays scalar here: Triton adds 64 for the second consumer to ranges and to Q's coordinate, which
+    # is `start`, so a vector `start + columns` would move by 128, into the next block.
+    inside = columns < tokens - start
     head_row = batch.to(tl.int64) * tl.num_programs(1) + head
-    tl.store(lse + head_row * tokens + rows, (row_max + tl.log2(row_sum)) * _LN_2, mask=inside)
+    lse_of_block = lse + head_row * tokens + start
+    tl.store(lse_of_block + columns, (row_max + tl.log2(row_sum)) * _LN_2, mask=inside)
     result = (accumulator * (1.0 / row_sum)[:, None]).to(out.dtype.element_ty)
-    base = out + batch.to(tl.int64) * stride_ob + head.to(tl.int64) * stride_oh
-    pointers = base + rows.to(tl.int64)[:, None] * stride_on + tl.arange(0, D)[None, :]
+    out_of_head = out + batch.to(tl.int64) * stride_ob + head.to(tl.int64) * stride_oh
+    out_of_block = out_of_head + start.to(tl.int64) * stride_on
+    pointers = out_of_block + columns.to(tl.int64)[:, None] * stride_on + tl.arange(0, D)[None, :]
     tl.store(pointers, result, mask=inside[:, None])
 
 
