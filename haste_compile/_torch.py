@@ -18,11 +18,12 @@ from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.exc import ShortenTraceback
 from torch._dynamo.resume_execution import TORCH_DYNAMO_RESUME_IN_PREFIX
 from torch._dynamo.source import SyntheticLocalSource
+from torch._dynamo.utils import counters
 from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false, statically_known_true
@@ -267,6 +268,21 @@ def _in_backend_mode(value: Any) -> Any:
     if not isinstance(value, FakeTensor) or context is None or context.fake_mode is None:
         return value
     return _empty(context.fake_mode, tuple(value.shape), value.dtype, value.device)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether ``module.compile`` or ``torch.compile`` has been there."""
+    return module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
+
+
+def undo_compile(module: nn.Module) -> None:
+    """Undo ``module.compile``, for which torch offers no public way."""
+    module._compiled_call_impl = None
+
+
+def compile_counts() -> tuple[int, int]:
+    """Graphs that Dynamo compiled, and graph breaks that it met, in this process so far."""
+    return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
 
 
 def through_dynamo(error: HasteError) -> HasteError:

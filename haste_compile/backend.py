@@ -14,11 +14,11 @@ from haste_compile.config import HasteConfig
 from haste_compile.errors import HasteError, StateError
 from haste_compile.passes import PassContext, PlaceholderBinding, StateInput, run_passes
 from haste_compile.report import GraphReport
-from haste_compile.state import CLOCK_INPUTS, HasteState, StateSpec, find_state
+from haste_compile.state import CLOCK_INPUTS, HasteState, StateSpec, find_state, path_prefix
 
 logger = logging.getLogger(__name__)
 
-_reports: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter -> list[GraphReport]
+_reports: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter -> {_Record: GraphReport}
 
 
 def haste(
@@ -47,9 +47,25 @@ def haste(
         raise _torch.through_dynamo(error) from error.__cause__
 
 
-def reports(module: nn.Module) -> list[GraphReport]:
-    """What became of the attention sites in every graph compiled for a module, oldest first."""
-    return [report for parameter in module.parameters() for report in _reports.get(parameter) or ()]
+def reports(module: nn.Module, config: HasteConfig | None = None) -> list[GraphReport]:
+    """What became of the attention sites in every graph that a module ran through, oldest first.
+
+    Args:
+        module: a transformer; under regional compilation every block has a report of its own.
+        config: only graphs compiled with these options.
+    """
+    return [
+        report
+        for parameter in module.parameters()
+        for record, report in (_reports.get(parameter) or {}).items()
+        if config is None or config == record.config
+    ]
+
+
+def forget_reports(module: nn.Module) -> None:
+    """Forget the graphs that a module ran through; those that it runs through again come back."""
+    for parameter in module.parameters():
+        _reports.pop(parameter, None)
 
 
 def _compile(
@@ -61,13 +77,14 @@ def _compile(
     run_passes(graph, context)
 
     anchor = _find_anchor(example_inputs)
-    report = GraphReport.from_context(context)
-    if anchor is not None:
-        _reports.setdefault(example_inputs[anchor], []).append(report)
+    record = _Record(GraphReport.from_context(context), config)
     compile_inner = _torch.inner_compiler(config.inner, mode)
-    if not report.rewritten:
-        logger.warning("haste: no attention site was rewritten, the whole graph stays dense.\n%s", report)
-        return compile_inner(graph, list(example_inputs))
+    if not record.report.rewritten:
+        logger.warning(
+            "haste: no attention site was rewritten, the whole graph stays dense.\n%s", record.report
+        )
+        dense = compile_inner(graph, list(example_inputs))
+        return dense if anchor is None else record.around(dense, anchor)
     if anchor is None:
         raise StateError(
             found="a graph without parameters among its inputs",
@@ -77,7 +94,31 @@ def _compile(
         )
     fakes = [_torch.fake_value(node) for node in binding.nodes]
     compiled = compile_inner(graph, [*example_inputs, *fakes])
-    return _StatefulGraph(compiled, gm, context, binding.inputs, anchor)
+    return record.around(_StatefulGraph(compiled, gm, context, binding.inputs, anchor), anchor)
+
+
+class _Record:
+    """The report of one graph, entered for every module instance that runs it.
+
+    Instances of equal shape share a graph, so who runs it is known at a call and not at compilation.
+    """
+
+    def __init__(self, report: GraphReport, config: HasteConfig) -> None:
+        self.report, self.config = report, config
+
+    def around(self, compiled: Callable[..., Any], anchor: int) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            self._enter(args[anchor])
+            return compiled(*args)
+
+        return call
+
+    def _enter(self, parameter: Tensor) -> None:
+        entries = _reports.get(parameter)
+        if entries is None:
+            entries = _reports[parameter] = {}
+        if self not in entries:
+            entries[self] = self.report.under(path_prefix(parameter))
 
 
 class _StatefulGraph:

@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._dynamo.utils import counters
 
-from haste_compile import doctor
+from haste_compile import _torch, doctor
 from haste_compile.errors import OptionError
 from haste_compile.generation import Generation, Request, generate
 from haste_compile.loading import default_dtype, load_pipeline
@@ -119,17 +118,17 @@ def _run_dense(pipe: Any, request: Request, progress: Progress) -> Generation:
         )
     finally:
         for transformer in transformers:
-            transformer._compiled_call_impl = None
+            _torch.undo_compile(transformer)
 
 
 def _run_haste(pipe: Any, request: Request, handle: Handle, progress: Progress) -> _HasteRun:
-    graphs_before, breaks_before = _compile_counts()
+    graphs_before, breaks_before = _torch.compile_counts()
     graphs: list[int] = []
     refreshes: list[float] = []
     totals = [(0, 0)]
 
     def after_warm_up_step(_step: int) -> None:
-        graphs.append(_compile_counts()[0])
+        graphs.append(_torch.compile_counts()[0])
 
     def after_step(step: int) -> None:
         after_warm_up_step(step)
@@ -146,7 +145,7 @@ def _run_haste(pipe: Any, request: Request, handle: Handle, progress: Progress) 
         generation=generation,
         refreshes_by_step=tuple(refreshes),
         graphs=graphs[-1] - graphs_before,
-        graph_breaks=_compile_counts()[1] - breaks_before,
+        graph_breaks=_torch.compile_counts()[1] - breaks_before,
         recompiles_after_first_step=graphs[-1] - graphs[0],
     )
 
@@ -163,11 +162,6 @@ def _warm_up(
     generate(pipe, dataclasses.replace(request, steps=_WARM_UP_STEPS), after_step)
 
 
-def _compile_counts() -> tuple[int, int]:
-    """Graphs compiled and graph breaks met in this process so far."""
-    return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
-
-
 def _summary(
     model: str | Path,
     request: Request,
@@ -176,7 +170,7 @@ def _summary(
     run: _HasteRun,
     device: torch.device,
 ) -> dict[str, Any]:
-    sites = [site for reports in handle.reports().values() for report in reports for site in report.sites]
+    sites = [site for found in handle.sites().values() for site in found]
     rewritten = [site for site in sites if site.status == "rewritten"]
     statistics = list(handle.statistics().values())
     names = [name for figures in statistics for name in figures.sites]

@@ -10,12 +10,12 @@ from typing import Any, Literal
 
 from torch import nn
 
-from haste_compile import backend, state
+from haste_compile import _torch, backend, state
 from haste_compile.config import HasteConfig
 from haste_compile.errors import OptionError, StateError
 from haste_compile.explanation import Explanation, explain
 from haste_compile.loading import find_transformers
-from haste_compile.report import GraphReport
+from haste_compile.report import GraphReport, SiteRecord
 from haste_compile.state import Attachment, Statistics
 
 
@@ -63,8 +63,7 @@ def optimize(
     }
     for name, transformer in transformers.items():
         modules = [transformer, *targets[name]]
-        # What Module.compile and torch.compile leave behind, in this order.
-        if any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in modules):
+        if any(_torch.is_compiled(module) for module in modules):
             raise StateError(
                 found="a transformer that is compiled already",
                 wanted="one that is not",
@@ -74,6 +73,8 @@ def optimize(
     compiler = _backend(config, mode)
     attachments = []
     for name, transformer in transformers.items():
+        backend.forget_reports(transformer)  # of an earlier handle, as are the figures
+        state.reset(transformer)
         if compile == "blocks":
             attachments.append(Attachment(transformer, targets[name], config))
         for module in targets[name]:
@@ -102,8 +103,15 @@ class Handle:
         self._target, self._compiled, self._attachments = target, compiled, attachments
 
     def reports(self) -> dict[str, list[GraphReport]]:
-        """What became of every attention site, for each graph compiled so far: none before the first call."""
-        return {name: backend.reports(module) for name, module in self.transformers.items()}
+        """What became of the attention sites of each graph that ran so far: none before the first call."""
+        return {name: backend.reports(module, self.config) for name, module in self.transformers.items()}
+
+    def sites(self) -> dict[str, tuple[SiteRecord, ...]]:
+        """Every attention site once, as the newest graph that holds it treats it; none before the first call."""
+        return {
+            name: tuple({site.name: site for report in reports for site in report.sites}.values())
+            for name, reports in self.reports().items()
+        }
 
     def statistics(self) -> dict[str, Statistics]:
         """Densities and refresh rates of the videos still remembered. Reads the device."""
@@ -120,17 +128,15 @@ class Handle:
     def summary(self) -> str:
         """Sites, density and refresh rate of each transformer, as text for people. Reads the device."""
         lines = []
-        for name, figures in self.statistics().items():
-            # Equal transformers, and the blocks of one, share graphs: only the first of them has its report.
-            reports = backend.reports(self.transformers[name])
-            rewritten = set(figures.sites) or {site.name for r in reports for site in r.rewritten}
-            skipped = {(site.name, site.reason) for report in reports for site in report.skipped}
-            if not rewritten and not skipped:
+        statistics = self.statistics()
+        for name, sites in self.sites().items():
+            if not sites:
                 lines.append(f"{name}: not called yet, nothing is compiled")
                 continue
-            lines.append(f"{name}: {len(rewritten)} attention sites rewritten")
-            reasons = sorted(reason for _, reason in skipped)
+            reasons = sorted(site.reason for site in sites if site.status == "skipped")
+            lines.append(f"{name}: {len(sites) - len(reasons)} attention sites rewritten")
             lines += [f"  left dense {reasons.count(reason)} × {reason}" for reason in dict.fromkeys(reasons)]
+            figures = statistics[name]
             if figures.calls:
                 lines.append(
                     f"  density {figures.density:.1%} of query-key pairs, masks rebuilt in "
@@ -146,8 +152,7 @@ class Handle:
     def restore(self) -> None:
         """Make the transformers what they were: eager and dense. A second call does nothing."""
         for module in self._compiled:
-            # The attribute that Module.compile sets; torch offers no public way to unset it.
-            module._compiled_call_impl = None
+            _torch.undo_compile(module)
         for attachment in self._attachments:
             attachment.detach()
         self._compiled, self._attachments = [], []

@@ -53,6 +53,10 @@ class GraphReport:
     def from_context(cls, ctx: PassContext) -> GraphReport:
         return cls(tuple(SiteRecord.of(site) for site in ctx.sites))
 
+    def under(self, prefix: str) -> GraphReport:
+        """The same report with ``prefix`` before every site's name."""
+        return GraphReport(tuple(dataclasses.replace(site, name=prefix + site.name) for site in self.sites))
+
     @property
     def rewritten(self) -> tuple[SiteRecord, ...]:
         return tuple(site for site in self.sites if site.status == "rewritten")

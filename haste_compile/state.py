@@ -229,9 +229,10 @@ def _make_state(
             found="blocks compiled with other options than their transformer was attached with",
             wanted="one set of options",
             where=f"block {index}",
-            fix="Give haste_compile.optimize(..., compile='blocks') the options, and compile no block yourself.",
+            fix="Give optimize(..., compile='blocks') the options, and compile no block yourself.",
         )
-    named = tuple(dataclasses.replace(spec, name=f"blocks.{index}.{spec.name}") for spec in specs)
+    prefix = path_prefix(anchor)
+    named = tuple(dataclasses.replace(spec, name=prefix + spec.name) for spec in specs)
     if len(specs) != 1:
         raise StateError(
             found=f"{len(specs)} rewritten sites in one block",
@@ -239,9 +240,13 @@ def _make_state(
             where=f"block {index}",
             fix="Compile the whole transformer instead of its blocks.",
         )
-    return HasteState(
-        named, config, clock=attachment.clock(device), rows=((index,), attachment.blocks)
-    )
+    return HasteState(named, config, clock=attachment.clock(device), rows=((index,), attachment.blocks))
+
+
+def path_prefix(parameter: Tensor) -> str:
+    """What the names of sites lack in a graph that saw one attached block; empty for a whole transformer."""
+    attached = _attachments.get(parameter)
+    return f"blocks.{attached[1]}." if attached else ""
 
 
 def states_of(module: nn.Module) -> Iterator[HasteState]:

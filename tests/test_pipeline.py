@@ -10,6 +10,7 @@ import pytest
 import tiny_wan
 import torch
 
+from haste_compile import _torch
 from haste_compile.errors import OptionError, StateError
 from haste_compile.explanation import explain
 from haste_compile.pipeline import optimize
@@ -62,14 +63,14 @@ def test_sparse_differs_and_restore_brings_dense_back(pipe: Any) -> None:
     handle.restore()
     handle.restore()
     assert torch.equal(run(pipe), dense)
-    assert pipe.transformer._compiled_call_impl is None
+    assert not _torch.is_compiled(pipe.transformer)
 
 
 def test_context_manager_restores_after_an_exception(pipe: Any) -> None:
     with pytest.raises(RuntimeError, match="broken off"), optimize(pipe, **OPTIONS):
-        assert pipe.transformer._compiled_call_impl is not None
+        assert _torch.is_compiled(pipe.transformer)
         raise RuntimeError("broken off")
-    assert pipe.transformer._compiled_call_impl is None
+    assert not _torch.is_compiled(pipe.transformer)
 
 
 def test_statistics_and_summary(pipe: Any) -> None:
@@ -87,6 +88,45 @@ def test_statistics_and_summary(pipe: Any) -> None:
         assert "masks rebuilt in 33.3% of 24 head calls" in text
         handle.reset()
         assert handle.statistics()["transformer"].calls == 0
+
+
+def test_transformers_that_share_a_graph_have_a_report_each() -> None:
+    torch._dynamo.reset()
+    experts = tiny_wan.build_pipeline(experts=2)
+    graphs, _ = _torch.compile_counts()
+    with optimize(experts, **OPTIONS) as handle:
+        run(experts)
+        assert _torch.compile_counts()[0] - graphs == 1
+        sites = handle.sites()
+        assert sites["transformer"] == sites["transformer_2"]
+        kinds = [(site.name, site.kind, site.status) for site in sites["transformer"]]
+        assert kinds == [
+            ("blocks.0.attn1", "self", "rewritten"),
+            ("blocks.0.attn2", "cross", "skipped"),
+            ("blocks.1.attn1", "self", "rewritten"),
+            ("blocks.1.attn2", "cross", "skipped"),
+        ]
+        assert handle.summary().count("2 attention sites rewritten") == 2
+        assert handle.summary().count("left dense 2 × cross-attention") == 2
+
+
+def test_blocks_have_a_report_each(pipe: Any) -> None:
+    with optimize(pipe, compile="blocks", **OPTIONS) as handle:
+        run(pipe, steps=1)
+        names = [site.name for site in handle.sites()["transformer"]]
+        assert names == ["blocks.0.attn1", "blocks.0.attn2", "blocks.1.attn1", "blocks.1.attn2"]
+        assert "2 attention sites rewritten" in handle.summary()
+
+
+def test_a_handle_tells_nothing_of_an_earlier_one(pipe: Any) -> None:
+    with optimize(pipe, **OPTIONS) as earlier:
+        run(pipe, steps=1)
+    assert "2 attention sites rewritten" in earlier.summary()
+    with optimize(pipe, **OPTIONS) as handle:
+        assert handle.summary() == "transformer: not called yet, nothing is compiled"
+        assert handle.statistics()["transformer"].calls == 0
+        run(pipe, steps=1)
+        assert "2 attention sites rewritten" in handle.summary()
 
 
 def test_double_use_is_refused(pipe: Any) -> None:
@@ -117,7 +157,7 @@ def test_bad_input(pipe: Any, target: str, keywords: dict[str, Any], message: st
     value = {"pipe": pipe, "text": "a path", "linear": torch.nn.Linear(2, 2)}[target]
     with pytest.raises(OptionError, match=message):
         optimize(value, **keywords)
-    assert pipe.transformer._compiled_call_impl is None
+    assert not _torch.is_compiled(pipe.transformer)
 
 
 def test_blocks_equal_whole(pipe: Any) -> None:
@@ -258,4 +298,4 @@ def test_explain_leaves_the_transformer_as_it_was(pipe: Any) -> None:
     dense = run(pipe)
     explain(pipe, height=128, width=128, num_frames=17, block=64)
     assert torch.equal(run(pipe), dense)
-    assert pipe.transformer._compiled_call_impl is None
+    assert not _torch.is_compiled(pipe.transformer)

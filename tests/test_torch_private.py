@@ -310,3 +310,42 @@ def test_other_errors_of_a_backend_are_wrapped_by_dynamo():
     plain = UnsupportedSiteError(found="a", wanted="b", where="c", fix="d")
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed):
         compile_with(functools.partial(backend, error=plain))
+
+
+def test_a_compiled_module_is_known_and_undone():
+    module = toy({})
+    assert not _torch.is_compiled(module)
+    assert _torch.is_compiled(torch.compile(module, backend="eager"))
+    calls: list[int] = []
+
+    def backend(gm, inputs):
+        calls.append(len(inputs))
+        return gm.forward
+
+    torch._dynamo.reset()
+    module.compile(backend=backend)
+    assert _torch.is_compiled(module)
+    x = tokens()
+    with torch.no_grad():
+        compiled = module(x)
+    assert len(calls) == 1
+    _torch.undo_compile(module)
+    assert not _torch.is_compiled(module)
+    torch._dynamo.reset()  # were it still compiled, it would be so again
+    with torch.no_grad():
+        assert torch.equal(module(x), compiled)
+    assert len(calls) == 1
+
+
+def test_graphs_and_breaks_are_counted():
+    def broken(x: Tensor) -> Tensor:
+        x = x + 1
+        torch._dynamo.graph_break()
+        return x * 2
+
+    torch._dynamo.reset()
+    graphs, breaks = _torch.compile_counts()
+    torch.compile(lambda x: x + 1, backend="eager")(torch.ones(2))
+    assert _torch.compile_counts() == (graphs + 1, breaks)
+    torch.compile(broken, backend="eager")(torch.ones(2))
+    assert _torch.compile_counts() == (graphs + 3, breaks + 1)
