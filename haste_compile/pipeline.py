@@ -107,7 +107,7 @@ class Handle:
         return {name: backend.reports(module, self.config) for name, module in self.transformers.items()}
 
     def sites(self) -> dict[str, tuple[SiteRecord, ...]]:
-        """Every attention site once, as the newest graph that holds it treats it; none before the first call."""
+        """Every attention site once, as the newest graph that holds it treats it; none before a call."""
         return {
             name: tuple({site.name: site for report in reports for site in report.sites}.values())
             for name, reports in self.reports().items()

@@ -1,7 +1,7 @@
 """A simple, rule-based reader of clips: which colours are there, in what shape, moving which way.
 
-It knows nothing about the model: hue thresholds find each colour, the overlap with three ideal outlines of the
-same area names the shape, and the path of the centroid names the direction.
+It knows nothing about the model: hue thresholds find each colour, the overlap with three ideal outlines of
+the same area names the shape, and the path of the centroid names the direction.
 """
 
 import math
@@ -32,7 +32,7 @@ class Finding:
 
 
 def hue_and_chroma(video: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Hue in degrees and chroma in 0..1 of an RGB clip [frames, 3, height, width] in 0..1: [frames, height, width]."""
+    """Hue in degrees and chroma in 0..1: [frames, height, width], of RGB [frames, 3, height, width]."""
     r, g, b = video.unbind(1)
     top, bottom = video.amax(1), video.amin(1)
     chroma = top - bottom
@@ -42,7 +42,7 @@ def hue_and_chroma(video: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def shape_of(masks: torch.Tensor) -> str | None:
-    """The shape whose ideal outline, at the same centroid and area, overlaps the masks [m, height, width] best."""
+    """The shape whose outline, of equal centroid and area, overlaps the masks [m, height, width] best."""
     area = masks.sum((1, 2))
     height, width = masks.shape[1:]
     y = torch.arange(height, device=masks.device).float()[:, None] + 0.5
@@ -100,7 +100,7 @@ def detect(video: torch.Tensor) -> list[Finding]:
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a clip compares with what was asked for: one bool for each object, and whether anything else was seen."""
+    """How a clip compares with what was asked for: a bool for each object, and any other colour seen."""
 
     objects: tuple[bool, ...]
     extra: bool
@@ -112,7 +112,7 @@ class Verdict:
 
 
 def judge(video: torch.Tensor, asked: Sequence[tuple[str, str, str]]) -> Verdict:
-    """Compare a clip [3, frames, height, width] in -1..1 with the (colour, shape, direction) objects asked for."""
+    """Compare a clip [3, frames, height, width] in -1..1 with (colour, shape, direction) objects."""
     findings = detect(video)
     seen = {(f.colour, f.shape, f.direction) for f in findings}
     colours = {colour for colour, _, _ in asked}

@@ -1,8 +1,9 @@
-"""Measure a finished nano-wan: VAE fidelity, obedience to unseen prompts, and how sparse its attention heads are.
+"""Measure a finished nano-wan: VAE fidelity, obedience to unseen prompts, how sparse its attention heads are.
 
-    python -m examples.nano_wan.evaluate --model haste_compile/assets/nano_wan --report build/report.json
+    python -m examples.nano_wan.evaluate --model haste_compile/assets/nano_wan
 
-writes the report and fills the model card (README.md in the model's folder) with its figures.
+puts the report into the model's ``training.json`` (as ``evaluation``) and writes the model card from it.
+``examples.nano_wan.model_card`` writes the card alone.
 """
 
 import argparse
@@ -23,7 +24,11 @@ from torch.overrides import TorchFunctionMode
 
 from examples.nano_wan.detect import Verdict, judge
 from examples.nano_wan.model import HEADS, LAYERS, load_pipeline
+from examples.nano_wan.model_card import REPORT, write_card
 from examples.nano_wan.render import FULL, Canvas, plain_caption, render, sample_scenes
+from haste_compile.kernels.block_mask import token_pairs
+from haste_compile.kernels.block_scores.reference import block_scores
+from haste_compile.kernels.top_p_select.reference import top_p_select
 
 log = logging.getLogger("nano_wan")
 
@@ -69,7 +74,7 @@ def generate(
     steps: int = STEPS,
     guidance: float = GUIDANCE,
 ) -> torch.Tensor:
-    """Clips [n, 3, frames, size, size] in -1..1 from the ordinary pipeline call; noise is drawn on the CPU."""
+    """Clips [n, 3, frames, size, size] in -1..1 from the ordinary pipeline; noise is drawn on the CPU."""
     frames = pipeline(
         prompt=[p.text for p in prompts],
         negative_prompt="",
@@ -111,12 +116,12 @@ def describe(prompt: Prompt, verdict: Verdict) -> str:
     return f"{prompt.text} (seed {prompt.seed}): missed {', '.join(missed)}"
 
 
-# --- VAE --------------------------------------------------------------------------------------------------------
+# --- VAE
 
 
 @torch.no_grad()
 def vae_psnr(pipeline: WanPipeline, clips: int, canvas: Canvas = FULL, batch: int = 4) -> dict[str, float]:
-    """PSNR in dB (peak 1) of reconstructions of unseen clips, from the posterior's mode: mean and worst clip."""
+    """PSNR in dB (peak 1) of unseen clips reconstructed from the posterior's mode: mean and worst."""
     device = pipeline.vae.device
     generator = torch.Generator().manual_seed(HOLD_OUT_SEED + 1)
     values: list[float] = []
@@ -135,8 +140,8 @@ def vae_psnr(pipeline: WanPipeline, clips: int, canvas: Canvas = FULL, batch: in
 class SelfAttentionTap(TorchFunctionMode):
     """Shows the queries and keys (after RoPE) of every self-attention to ``see(call, layer, q, k)``.
 
-    ``call`` counts transformer calls: with guidance, even ones are conditional. Only SDPA calls whose queries and
-    keys are equally many count, so cross-attention and the VAE's single-head attention stay out.
+    ``call`` counts transformer calls: with guidance, even ones are conditional. Only SDPA calls whose queries
+    and keys are equally many count, so cross-attention and the VAE's single-head attention stay out.
     """
 
     def __init__(self, see: Callable[[int, int, torch.Tensor, torch.Tensor], None]) -> None:
@@ -156,32 +161,17 @@ class SelfAttentionTap(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def antidiagonal_scores(query: torch.Tensor, key: torch.Tensor, stride: int) -> torch.Tensor:
-    """XAttention's block scores of [B, H, N, D] queries and keys, N a multiple of 64: [B, H, N/64, N/64] (fp32)."""
-    batch, heads, tokens, dim = query.shape
-    groups = tokens // stride
-    q = query.float().reshape(batch, heads, groups, stride, dim).flip(3).flatten(3)
-    k = key.float().reshape(batch, heads, groups, stride * dim)
-    weights = (q @ k.transpose(2, 3) / (dim**0.5 * stride)).softmax(-1)
-    return sum_blocks(weights, BLOCK // stride)
-
-
 def exact_scores(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     """Attention mass of every pair of blocks, rows summing to 64: [B, H, N/64, N/64] (fp32)."""
     weights = (query.float() @ key.float().transpose(2, 3) * query.shape[-1] ** -0.5).softmax(-1)
-    return sum_blocks(weights, BLOCK)
+    blocks = weights.shape[-1] // BLOCK
+    return weights.unflatten(3, (blocks, BLOCK)).sum(4).unflatten(2, (blocks, BLOCK)).sum(3)
 
 
-def sum_blocks(weights: torch.Tensor, size: int) -> torch.Tensor:
-    batch, heads, rows, columns = weights.shape
-    return weights.reshape(batch, heads, rows // size, size, columns // size, size).sum((3, 5))
-
-
-def top_p_density(scores: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Share of blocks kept when every row keeps the fewest blocks, largest first, that reach top_p: [B, H]."""
-    ordered = scores.sort(-1, descending=True).values
-    before = ordered.cumsum(-1) - ordered
-    return (before < top_p * scores.sum(-1, keepdim=True)).float().mean((2, 3))
+def top_p_density(scores: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Share of query-key pairs in the blocks that top-p selection at TOP_P keeps: [B, H]."""
+    threshold = torch.full((scores.shape[1],), TOP_P, device=scores.device)
+    return token_pairs(top_p_select(scores, threshold), tokens, BLOCK) / tokens**2
 
 
 @torch.no_grad()
@@ -192,7 +182,7 @@ def head_densities(
     steps: int = STEPS,
     every: int = 5,
 ) -> dict[str, Any]:
-    """Densities of all heads at TOP_P over every fifth step, conditional branch, averaged over prompts and steps."""
+    """Densities of all heads at TOP_P, of the conditional branch; means over prompts and every fifth step."""
     sums: dict[str, torch.Tensor] = {f"stride_{s}": torch.zeros(LAYERS, HEADS) for s in STRIDES}
     sums["exact"] = torch.zeros(LAYERS, HEADS)
     calls: Counter[int] = Counter()
@@ -202,10 +192,10 @@ def head_densities(
         if branch or step % every or step >= steps:
             return
         calls[layer] += 1
-        for stride in STRIDES:
-            density = top_p_density(antidiagonal_scores(query, key, stride), TOP_P)
-            sums[f"stride_{stride}"][layer] += density.mean(0).cpu()
-        sums["exact"][layer] += top_p_density(exact_scores(query, key), TOP_P).mean(0).cpu()
+        scores = {f"stride_{s}": block_scores(query, key, block=BLOCK, stride=s) for s in STRIDES}
+        scores["exact"] = exact_scores(query, key)
+        for name, values in scores.items():
+            sums[name][layer] += top_p_density(values, query.shape[2]).mean(0).cpu()
 
     with SelfAttentionTap(see):
         generate(pipeline, prompts, canvas, steps)
@@ -243,7 +233,7 @@ def evaluate(
     sheet: Path | None = None,
     batch: int = 20,
 ) -> dict[str, Any]:
-    """The hold-out report: VAE PSNR, success on the unseen prompts, head densities. Moves nothing between devices."""
+    """The hold-out report: VAE PSNR, success on the unseen prompts, head densities."""
     prompts = hold_out_prompts()
     clips = torch.cat(
         [generate(pipeline, prompts[i : i + batch], canvas) for i in range(0, len(prompts), batch)]
@@ -265,15 +255,16 @@ def evaluate(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", type=Path, required=True, help="folder of the pipeline")
-    parser.add_argument("--report", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--sheet", type=Path, help="PNG of the generated clips to write")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     pipeline = load_pipeline(arguments.model).to(arguments.device)
-    report = evaluate(pipeline, sheet=arguments.sheet)
-    arguments.report.write_text(json.dumps(report, indent=1))
-    log.info(json.dumps({k: v for k, v in report.items() if k != "densities"}, indent=1))
+    training = json.loads((arguments.model / REPORT).read_text())
+    training["evaluation"] = evaluate(pipeline, sheet=arguments.sheet)
+    (arguments.model / REPORT).write_text(json.dumps(training))
+    write_card(arguments.model)
+    log.info(json.dumps({k: v for k, v in training["evaluation"].items() if k != "densities"}, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Muon: momentum whose update is orthogonalised, for the hidden matrices and convolutions of a network.
 
-After K. Jordan et al., "Muon: an optimizer for hidden layers" (2024); the update is scaled to AdamW's usual size as
-in "Muon is scalable for LLM training" (arXiv 2502.16982), so that AdamW's learning rates carry over. Weights of one
-shape are treated as one batch; a convolution counts as the matrix from its patches to its outputs.
+After K. Jordan et al., "Muon: an optimizer for hidden layers" (2024); the update is scaled to AdamW's usual
+size as in "Muon is scalable for LLM training" (arXiv 2502.16982), so that AdamW's learning rates carry over.
+Weights of one shape are treated as one batch; a convolution counts as the matrix from its patches to its
+outputs.
 """
 
 from collections.abc import Iterable
@@ -11,7 +12,7 @@ import torch
 
 
 def orthogonalise(matrices: torch.Tensor, iterations: int = 5) -> torch.Tensor:
-    """Bring the singular values of [n, rows, columns] matrices close to 1 by Newton-Schulz iteration, in bf16."""
+    """Bring singular values of [n, rows, columns] matrices close to 1: Newton-Schulz iteration in bf16."""
     x = matrices.bfloat16()
     tall = x.shape[1] > x.shape[2]
     if tall:
@@ -24,7 +25,7 @@ def orthogonalise(matrices: torch.Tensor, iterations: int = 5) -> torch.Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Nesterov momentum, orthogonalised. Parameters have two dimensions or more and a gradient at every step."""
+    """Nesterov momentum, orthogonalised; for parameters of two dimensions or more."""
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
 """Training clips: coloured shapes that move over drifting, low-saturation textures, with their captions.
 
-Everything random is drawn from explicit generators. Scenes (what is in a clip) are tensors of small integers, so
-that a hundred thousand of them cost nothing; pixels are drawn in batches on whichever device is asked for.
+Everything random is drawn from explicit generators. Scenes (what is in a clip) are tensors of small integers,
+so that a hundred thousand of them cost nothing; pixels are drawn in batches on whichever device is asked for.
 """
 
 import math
@@ -98,8 +98,8 @@ def object_codes(scenes: Scenes) -> torch.Tensor:
 def held_out(scenes: Scenes) -> torch.Tensor:
     """True for scenes that training must not see: bool [n].
 
-    A scene is held out if it contains a reserved object, or if its set of objects (whatever their order) falls
-    into the tenth of all sets that a fixed hash picks.
+    A scene is held out if it contains a reserved object, or if its set of objects (whatever their order)
+    falls into the tenth of all sets that a fixed hash picks.
     """
     codes = object_codes(scenes)
     table = torch.tensor([hash_code(c) for c in range(72)] + [0])  # index -1 adds nothing
@@ -121,14 +121,15 @@ def sample_scenes(
 ) -> Scenes:
     """Draw ``n`` scenes; ``weights`` are the odds of one, two and three objects.
 
-    Colours differ within a scene. Training scenes (``unseen=False``) are never held out, unseen ones always are.
+    Colours differ within a scene. Training scenes (``unseen=False``) are never held out, unseen ones always.
     """
+    odds = torch.tensor(weights, dtype=torch.float32)
     parts: list[Scenes] = []
     missing = n
     while missing > 0:
         batch = 16 * missing + 16 if unseen else 2 * missing + 16
         draw = Scenes(
-            count=torch.multinomial(torch.tensor(weights, dtype=torch.float32), batch, replacement=True, generator=generator) + 1,
+            count=1 + torch.multinomial(odds, batch, replacement=True, generator=generator),
             colour=torch.rand(batch, len(COLOURS), generator=generator).argsort(1)[:, :MAX_OBJECTS],
             shape=torch.randint(len(SHAPES), (batch, MAX_OBJECTS), generator=generator),
             direction=torch.randint(len(DIRECTIONS), (batch, MAX_OBJECTS), generator=generator),
@@ -185,7 +186,7 @@ def plain_caption(objects: Sequence[tuple[str, str, str]]) -> str:
 
 
 def caption(objects: Sequence[tuple[str, str, str]], rng: random.Random) -> str:
-    """One of many wordings of the same scene, the canonical one in half of the cases. Object order is shuffled."""
+    """One of many wordings of the same scene, the canonical one half of the time; objects are shuffled."""
     objects = rng.sample(list(objects), len(objects))
     if rng.random() < 0.5:
         return plain_caption(objects)
