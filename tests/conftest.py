@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +15,9 @@ from torch import Tensor
 # Triton reads this once, at import: without a GPU its kernels are interpreted.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# For `examples` and `benchmarks`. Last, so that our folder `kernels` hides no package of that name.
+sys.path.append(str(Path(__file__).parents[1]))
 
 Oracle = Callable[..., tuple[Tensor, Tensor]]
 

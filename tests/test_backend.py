@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_wan import build_transformer, transformer_inputs
 from torch import Tensor, nn
 
 from haste_compile.backend import reports
@@ -19,7 +20,6 @@ from haste_compile.errors import (
     UnsupportedSiteError,
 )
 from haste_compile.state import Attachment, states_of, statistics
-from tests.tiny_wan import build_transformer, transformer_inputs
 
 OPTIONS: dict[str, Any] = {"block": 64, "stride": 8, "min_tokens": 64, "inner": "eager"}
 

@@ -11,13 +11,20 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_wan import TEXT_DIM, build_transformer
 from torch import Tensor, nn
 
 from haste_compile.state import states_of, statistics
-from tests.tiny_wan import TEXT_DIM, build_transformer
 
 #: Reuse is on and neither always nor never taken: the tiny model's drift lies around this value.
-OPTIONS = {"block": 64, "stride": 8, "min_tokens": 64, "top_p": 0.7, "drift_threshold": 10.0, "inner": "eager"}
+OPTIONS = {
+    "block": 64,
+    "stride": 8,
+    "min_tokens": 64,
+    "top_p": 0.7,
+    "drift_threshold": 10.0,
+    "inner": "eager",
+}
 
 
 @pytest.fixture(autouse=True)
