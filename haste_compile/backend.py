@@ -13,6 +13,7 @@ from haste_compile import _torch
 from haste_compile.config import HasteConfig
 from haste_compile.errors import HasteError, StateError
 from haste_compile.passes import PassContext, PlaceholderBinding, StateInput, run_passes
+from haste_compile.passes.base import AttentionSite
 from haste_compile.report import GraphReport
 from haste_compile.state import CLOCK_INPUTS, HasteState, StateSpec, find_state, path_prefix
 
@@ -153,11 +154,12 @@ class _StatefulGraph:
     def _specs_for(self, args: Sequence[Any]) -> tuple[StateSpec, ...]:
         key = self._sizes.symbols(args)
         if key not in self._specs:
-            self._specs[key] = tuple(
-                StateSpec(site.label, *(self._sizes.size(n, args) for n in site.shape), device=site.device)
-                for site in self._sites
-            )
+            self._specs[key] = tuple(self._spec(site, args) for site in self._sites)
         return self._specs[key]
+
+    def _spec(self, site: AttentionSite, args: Sequence[Any]) -> StateSpec:
+        batch, heads, tokens, dim = (self._sizes.size(size, args) for size in site.shape)
+        return StateSpec(site.label, batch, heads, tokens, dim, site.device)
 
     def _state_tensors(self, state: HasteState) -> list[Tensor]:
         return [state.tensor(item.site_index, item.field) for item in self._inputs]

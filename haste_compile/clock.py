@@ -76,9 +76,8 @@ class Clock(nn.Module):
             timestep: any shape; the largest value counts (image-to-video gives clean frames a zero).
             text: [B, L, C], the transformer's ``encoder_hidden_states``.
         """
-        with torch.inference_mode(
-            False
-        ):  # tensors made under inference mode could not be updated outside of it
+        # Tensors made under inference mode could not be updated outside of it.
+        with torch.inference_mode(False):
             memory = self._memory
             if memory is None or not memory.fits(latents):
                 memory = self._memory = _Memory(self.slots, latents, self.ctl.device)
@@ -86,8 +85,9 @@ class Clock(nn.Module):
             slot, epoch, step = memory.advance(self._calls, latents, timestep, text)
             dense = (step < self.warmup_steps).to(torch.int32)
             zero = torch.zeros_like(dense)
-            row = {Ctl.SLOT: slot, Ctl.EPOCH: epoch, Ctl.STEP: step, Ctl.DENSE: dense}
-            self.ctl.copy_(torch.cat([row.get(column, zero) for column in range(CTL_COLUMNS)]))
+            row = [zero] * CTL_COLUMNS
+            row[Ctl.SLOT], row[Ctl.EPOCH], row[Ctl.STEP], row[Ctl.DENSE] = slot, epoch, step, dense
+            self.ctl.copy_(torch.cat(row))
 
 
 class _Memory:
@@ -104,9 +104,8 @@ class _Memory:
         self.timestep = torch.zeros(slots, device=device)
         self.step = torch.zeros(slots, dtype=torch.int32, device=device)
         self.epoch = torch.zeros(slots, dtype=torch.int32, device=device)
-        self.used = torch.zeros(
-            slots, dtype=torch.int64, device=device
-        )  # call number of the last use; 0: never
+        # Call number of the last use; 0: never.
+        self.used = torch.zeros(slots, dtype=torch.int64, device=device)
 
     def fits(self, latents: Tensor) -> bool:
         return self.shape == latents.shape

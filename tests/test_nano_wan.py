@@ -1,4 +1,4 @@
-"""nano-wan's hold-out proof, repeated on a few clips: it loads, obeys unseen prompts, and its heads differ."""
+"""nano-wan's hold-out proof, repeated on a few clips: it loads, obeys unseen prompts, its heads differ."""
 
 from __future__ import annotations
 
