@@ -56,5 +56,6 @@ def choose_launch(
     available = _SHARED_MEMORY.get(capability, _SMALLEST_SHARED_MEMORY) - _MARGIN - tile  # Q stays
     stages = max(1, min(4, available // (2 * tile)))  # a stage holds one tile of K and one of V
     tma = capability[0] == 9 and tma_ready
-    num_warps = 8 if block == 128 else 4
-    return Launch(tma=tma, warp_specialize=False, num_warps=num_warps, num_stages=stages)
+    warp_specialize = tma and block == 128
+    num_warps = 8 if block == 128 and not warp_specialize else 4
+    return Launch(tma=tma, warp_specialize=warp_specialize, num_warps=num_warps, num_stages=stages)

@@ -221,8 +221,8 @@ def test_launch_follows_the_capability() -> None:
     def choose(major: int, minor: int, *, tma_ready: bool = True, block: int = 128) -> Launch:
         return choose_launch((major, minor), block=block, dim=128, itemsize=2, tma_ready=tma_ready)
 
-    assert choose(9, 0) == Launch(tma=True, warp_specialize=False, num_warps=8, num_stages=2)
-    assert choose(9, 0, block=64).tma and choose(9, 0, block=64).num_warps == 4
+    assert choose(9, 0) == Launch(tma=True, warp_specialize=True, num_warps=4, num_stages=2)
+    assert not choose(9, 0, block=64).warp_specialize and choose(9, 0, block=64).tma
     assert not choose(9, 0, tma_ready=False).tma
     for other in ((8, 0), (8, 9), (10, 0), (12, 0)):
         assert not choose(*other).tma and not choose(*other).warp_specialize
