@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -53,3 +55,30 @@ def test_a_row_counts_kept_pairs(benchmark: ModuleType) -> None:
     assert found.density == pairs / (2 * 200**2)
     assert (found.milliseconds, found.spread) == (2.0, 2.0)
     assert found.tflops == pytest.approx(4 * 128 * pairs / 2e-3 / 1e12)
+
+
+def test_the_readme_gives_the_recorded_run() -> None:
+    root = Path(__file__).parents[1]
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    recorded = json.loads((root / "benchmarks/results/attention-h200.json").read_text(encoding="utf-8"))
+    for name in ("gpu", "torch", "triton", "date"):
+        assert recorded["environment"][name] in readme
+    groups: list[dict[str, dict[str, Any]]] = []
+    for row in recorded["rows"]:
+        if row["what"] == "dense SDPA":
+            groups.append({})
+        groups[-1][row["what"]] = row
+
+    def cell(row: dict[str, Any]) -> str:
+        return f"{row['milliseconds']:.2f} ± {row['spread'] / 2:.2f}"
+
+    assert len(groups) == 8
+    for group in groups:
+        dense, flex, ours = (group[what] for what in ("dense SDPA", "FlexAttention", "haste kernel"))
+        cells = [f"{ours['tokens']:,}", f"{ours['density']:.2f}", cell(dense), cell(flex), cell(ours)]
+        cells += [f"{ours['tflops']:.0f}"]
+        cells += [f"{other['milliseconds'] / ours['milliseconds']:.2f}×" for other in (dense, flex)]
+        assert f"| {' | '.join(cells)} |" in readme
+        for what, row in group.items():
+            if what.startswith("refresh_mask_"):
+                assert cell(row) in readme
