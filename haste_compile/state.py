@@ -188,6 +188,10 @@ class Attachment:
                 _states.pop(parameter, None)
 
 
+#: How many video sizes (or option sets) of one instance keep their masks. A server meets many sizes, and at
+#: 720p the state of a 14B model takes 0.3 GB; a size that comes back later starts with new masks.
+SIZES = 4
+
 #: The transformer's arguments that the clock reads, in the order of its ``forward``.
 CLOCK_INPUTS = ("hidden_states", "timestep", "encoder_hidden_states")
 
@@ -209,9 +213,13 @@ def find_state(
     states = _states.get(anchor)
     if states is None:
         states = _states[anchor] = {}
-    state = states.get((specs, config))
+    key = (specs, config)
+    state = states.pop(key, None)
     if state is None:
-        state = states[(specs, config)] = _make_state(anchor, specs, config, sees_clock)
+        state = _make_state(anchor, specs, config, sees_clock)
+        for oldest in list(states)[: max(0, len(states) - SIZES + 1)]:
+            del states[oldest]
+    states[key] = state  # last: used most recently
     return state
 
 

@@ -109,6 +109,9 @@ def test_dynamic_shapes_serve_every_size_with_state_of_its_own():
     for inputs, output in zip(sizes, served, strict=True):
         torch.testing.assert_close(output, run(static, 900.0, **inputs), rtol=1e-4, atol=1e-5)
     assert len(list(states_of(transformer))) == 4
+    run(model, 900.0, **transformer_inputs(width=320))
+    kept = [state.specs[0].N for state in states_of(transformer)]
+    assert kept == [5 * 8 * 10, 5 * 8 * 8, 5 * 8 * 16, 5 * 8 * 20], "the size unused for longest goes first"
 
 
 def test_dynamic_shapes_through_inductor():
