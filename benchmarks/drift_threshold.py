@@ -1,7 +1,7 @@
 """Choose δ and top_p for a model by measurement: how far heads drift, and what each setting costs and saves.
 
     python -m benchmarks.drift_threshold                             # nano-wan: the demo's prompt, two seeds
-    python -m benchmarks.drift_threshold --model FOLDER --height 480 --width 832 --frames 81 --block 128
+    python -m benchmarks.drift_threshold --model FOLDER --height 480 --width 832 --frames 81 -o block=128
     python -m benchmarks.drift_threshold --deltas 2 4 8 --top-p 0.85 0.9 --json thresholds.json
 
 δ is an L1 norm of means over tokens (HASTE §3), so it depends on a model's head dim and scale: the paper's 30
@@ -33,6 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from haste_compile.config import parse_options
 from haste_compile.errors import HasteError
 from haste_compile.evaluation.metrics import psnr_db
 from haste_compile.generation import Generation, Request, default_options, default_request, generate
@@ -146,8 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for seed in args.seeds
     ]
     options = default_options(args.model)
-    extra = {name: getattr(args, name) for name in ("block", "stride", "warmup_steps", "max_age")}
-    options.update({name: value for name, value in extra.items() if value is not None})
+    options.update(parse_options(args.option))
     _say(f"{len(requests)} videos of {base.frames}×{base.height}×{base.width}, {base.steps} steps, {options}")
 
     references = [generate(pipe, request, lambda _step: None) for request in requests]
@@ -199,7 +199,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--top-p", type=float, nargs="+", default=[0.9])
     parser.add_argument("--deltas", type=float, nargs="+", help="default: the drift's p50, p75 and p95")
-    for name in ("steps", "height", "width", "frames", "block", "stride", "warmup-steps", "max-age"):
+    parser.add_argument(
+        "-o", "--option", action="append", default=[], metavar="NAME=VALUE", help="repeatable"
+    )
+    for name in ("steps", "height", "width", "frames"):
         parser.add_argument(f"--{name}", type=int, help="default: what suits the model")
     parser.add_argument("--guidance", type=float, help="default: what suits the model")
     parser.add_argument("--json", type=Path, help="file for the figures")

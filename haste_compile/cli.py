@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import haste_compile
+from haste_compile.config import parse_options
 from haste_compile.errors import HasteError, OptionError
 
 app = typer.Typer(
@@ -85,7 +86,7 @@ def demo(
 
     chosen = model or NANO_WAN
     request = _request(chosen, prompt, seed, steps, guidance, height, width, frames)
-    options = {**default_options(chosen), **_parse_options(option)}
+    options = {**default_options(chosen), **parse_options(option or [])}
     with _progress() as report:
         summary = run_demo(chosen, request, options, out=out, device=pick_device(device), progress=report)
     if as_json:
@@ -129,7 +130,7 @@ def generate(
     chosen = model or NANO_WAN
     request = _request(chosen, prompt, seed, steps, guidance, height, width, frames)
     request = dataclasses.replace(request, image=image)
-    options = _parse_options(option)
+    options = parse_options(option or [])
     if dense and options:
         raise OptionError(
             found="--dense with --option",
@@ -184,7 +185,7 @@ def explain(
 
     chosen = model or NANO_WAN
     size = default_request(chosen)
-    options = {**default_options(chosen), **_parse_options(option)}
+    options = {**default_options(chosen), **parse_options(option or [])}
     target = known_device(device)
     explanations = {}
     with _progress() as report:
@@ -268,25 +269,6 @@ def _request(
     }
     changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     return dataclasses.replace(default_request(model), **changes)
-
-
-def _parse_options(pairs: list[str] | None) -> dict[str, Any]:
-    """NAME=VALUE pairs; a value is JSON where it can be, else text. Validated before any work is done."""
-    from haste_compile.config import HasteConfig
-
-    options: dict[str, Any] = {}
-    for pair in pairs or []:
-        name, equals, value = pair.partition("=")
-        if not equals:
-            raise OptionError(
-                found=repr(pair), wanted="NAME=VALUE", where="--option", fix="Write it like -o top_p=0.8."
-            )
-        try:
-            options[name] = json.loads(value)
-        except json.JSONDecodeError:
-            options[name] = value
-    HasteConfig.from_options(options)
-    return options
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -120,6 +121,27 @@ class HasteConfig:
     def to_options(self) -> dict[str, Any]:
         """The options dict that gives this config again; JSON-able."""
         return dataclasses.asdict(self)
+
+
+def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
+    """Options from NAME=VALUE pairs as a shell passes them; a value is JSON where it can be, else text.
+
+    Raises:
+        OptionError: not a pair, or not an option that ``HasteConfig`` takes.
+    """
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise OptionError(
+                found=repr(pair), wanted="NAME=VALUE", where="--option", fix="Write it like -o top_p=0.8."
+            )
+        try:
+            options[name] = json.loads(value)
+        except json.JSONDecodeError:
+            options[name] = value
+    HasteConfig.from_options(options)
+    return options
 
 
 def threshold_row(name: str, thresholds: Thresholds, site: int, sites: int, heads: int) -> list[float]:

@@ -41,6 +41,9 @@ SMALL_ARGUMENTS = {
 RUN_ELSEWHERE = {
     "make demo": "tests/test_demo.py runs the command; .ci/run sets up the same environment",
     "make test": ".ci/run",
+    "python -m benchmarks.drift_threshold --top-p 0.9 0.95 -o warmup_steps=2 --json thresholds.json": (
+        "tests/test_benchmark_drift_threshold.py"
+    ),
     "pip install 'haste-compile[gpu]'": "tests/test_packaging.py installs the wheel",
     "pip install 'haste-compile[demo]'": "tests/test_packaging.py installs the wheel",
 }
