@@ -15,6 +15,7 @@ from typing import Any
 from examples.nano_wan.render import COLOURS, DIRECTIONS, RESERVED_OBJECTS, SHAPES
 
 REPORT = "training.json"
+AIM = 0.8  # share of unseen prompts of which every object is found
 
 #: The card, with fields of ``str.format``.
 _TEMPLATE = Path(__file__).with_suffix(".md")
@@ -71,6 +72,7 @@ def _figures(model: Path, report: dict[str, Any]) -> dict[str, Any]:
         "calls": len(report["calls"]),
         "seed": report["seed"],
         "stages": "\n".join(_stage_rows(report)),
+        "probes": min(report["phrases"].values()),
         "vae_clips": vae["clips"],
         "vae_mean": vae["mean_db"],
         "vae_worst": vae["worst_db"],
@@ -88,6 +90,8 @@ def _figures(model: Path, report: dict[str, Any]) -> dict[str, Any]:
         "d_low": density["p5"],
         "d_high": density["p95"],
         "d_ratio": density["ratio"],
+        "aim": AIM,
+        "verdict": "It was reached." if hold_out["clip_success"] >= AIM else "It was not reached.",
         "failures": _failures(hold_out["failed"]),
     }
 
