@@ -1,7 +1,8 @@
 """Build nano-wan from configuration: tokenizer, text encoder, VAE, transformer, scheduler.
 
-The parts are diffusers' and transformers' own classes, so the saved folder loads with ``WanPipeline.from_pretrained``.
-Ours are only the sizes, the word-level vocabulary, and the initialisation of self-attention.
+The parts are diffusers' and transformers' own classes, so the saved folder loads with
+``WanPipeline.from_pretrained``. Ours are only the sizes, the word-level vocabulary, and the initialisation of
+self-attention.
 """
 
 import copy
@@ -23,8 +24,8 @@ HEADS, HEAD_DIM, LAYERS = 6, 64, 8
 TEXT_DIM = 128
 LATENT_CHANNELS = 12
 
-# Stationary attention kernels that the six heads of every layer start from: the peak logit along (time, height,
-# width). Zero means indifferent to that axis, so the last head starts global.
+# Stationary attention kernels that the six heads of every layer start from: the peak logit along (time,
+# height, width). Zero means indifferent to that axis, so the last head starts global.
 HEAD_KERNELS = (
     (12.0, 6.0, 6.0),  # the same frame, close by
     (12.0, 0.0, 0.0),  # the whole frame
@@ -71,10 +72,10 @@ def build_text_encoder(vocab_size: int) -> UMT5EncoderModel:
 
 @torch.no_grad()
 def set_word_neighbourhoods(encoder: UMT5EncoderModel) -> None:
-    """Start three of the four heads of every layer on a word's neighbours: just before, just after, all around.
+    """Start three of the four heads of every layer on a word's neighbours: before, after, all around it.
 
-    A caption's words belong together by nearness ("a red circle moves left"); without this start the model learns
-    colours and shapes long before it learns which object moves where. Trainable like everything else.
+    A caption's words belong together by nearness ("a red circle moves left"); without this start the model
+    learns colours and shapes long before it learns which object moves where. Trainable like everything else.
     """
     for block in encoder.encoder.block:
         attention = block.layer[0].SelfAttention
@@ -88,7 +89,7 @@ def set_word_neighbourhoods(encoder: UMT5EncoderModel) -> None:
 
 
 def build_vae() -> AutoencoderKLWan:
-    """8x spatial, 4x temporal compression, with Wan2.2's averaging shortcuts around each change of resolution.
+    """8x spatial, 4x temporal compression, with Wan2.2's averaging shortcuts around changes of resolution.
 
     Patches of 2 let every convolution work at half resolution.
     """
@@ -108,7 +109,7 @@ def build_vae() -> AutoencoderKLWan:
         latents_mean=[0.0] * LATENT_CHANNELS,
         latents_std=[1.0] * LATENT_CHANNELS,
     )
-    # Start with a narrow posterior (deviation 0.13): the decoder learns several times faster than from unit noise.
+    # Start with a narrow posterior (deviation 0.13): the decoder learns several times faster than from 1.
     torch.nn.init.constant_(vae.quant_conv.bias[LATENT_CHANNELS:], -4.0)
     return vae
 
@@ -149,10 +150,10 @@ def initialise(transformer: WanTransformer3DModel) -> None:
 def set_head_kernels(attention: torch.nn.Module, rope: torch.nn.Module) -> None:
     """Give the heads stationary kernels through biases that RoPE turns with position (ours).
 
-    Queries and keys are normalised over all heads together, scaled by a gain for each channel, and rotated. If a
-    channel pair of frequency w holds the same constant vector of length a in query and key, its part of the logit
-    for tokens d apart is a^2 cos(w d) / sqrt(D): largest at d = 0. The bias provides the constant, the gain its
-    length. All of it stays trainable.
+    Queries and keys are normalised over all heads together, scaled by a gain for each channel, and rotated.
+    If a channel pair of frequency w holds the same constant vector of length a in query and key, its part of
+    the logit for tokens d apart is a^2 cos(w d) / sqrt(D): largest at d = 0. The bias provides the constant,
+    the gain its length. All of it stays trainable.
     """
     first_pair = (0, rope.t_dim // 2, (rope.t_dim + rope.h_dim) // 2)
     channels, peaks = [], []
@@ -225,11 +226,11 @@ def load_pipeline(folder: Path) -> WanPipeline:
 
 
 class CompactTextAttention:
-    """Cross-attention over ``n`` text tokens, of which the last one stands for ``copies`` equal padding tokens.
+    """Cross-attention over ``n`` text tokens, of which the last stands for ``copies`` equal padding tokens.
 
-    ``WanPipeline`` pads embeddings with zeros to 512 tokens and masks nothing. All padding tokens have the same key
-    and value, so one of them, its logit raised by log(copies), gives the same result: training attends over 40
-    tokens instead of 512. An attention processor for ``attn2``; used in training only.
+    ``WanPipeline`` pads embeddings with zeros to 512 tokens and masks nothing. All padding tokens have the
+    same key and value, so one of them, its logit raised by log(copies), gives the same result: training
+    attends over 40 tokens instead of 512. An attention processor for ``attn2``; used in training only.
     """
 
     def __init__(self, copies: int) -> None:

@@ -7,8 +7,8 @@ far (a tar in pieces below 16 MiB), a report and a contact sheet. The checkpoint
 stage that is split over two calls, or that follows another one, starts from averaged weights with a fresh
 optimiser. To resume on another machine, put the pieces into ``--work`` and call again.
 
-Stages (``plan.py``): the VAE on short and on full-length clips; the text encoder alone; the transformer and the
-text encoder together on small clips (320 tokens), and on full clips (2304 tokens).
+Stages (``plan.py``): the VAE on short and on full-length clips; the text encoder alone; the transformer and
+the text encoder together on small clips (320 tokens), and on full clips (2304 tokens).
 """
 
 import argparse
