@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -108,10 +109,7 @@ class Handle:
 
     def sites(self) -> dict[str, tuple[SiteRecord, ...]]:
         """Every attention site once, as the newest graph that holds it treats it; none before a call."""
-        return {
-            name: tuple({site.name: site for report in reports for site in report.sites}.values())
-            for name, reports in self.reports().items()
-        }
+        return {name: _newest_sites(reports) for name, reports in self.reports().items()}
 
     def statistics(self) -> dict[str, Statistics]:
         """Densities and refresh rates of the videos still remembered. Reads the device."""
@@ -164,6 +162,16 @@ class Handle:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.restore()
+
+
+def _newest_sites(reports: list[GraphReport]) -> tuple[SiteRecord, ...]:
+    found: dict[tuple[str, int], SiteRecord] = {}
+    for report in reports:
+        met = collections.Counter[str]()
+        for site in report.sites:  # one module may attend twice: image-to-video's, to text and to the image
+            found[site.name, met[site.name]] = site
+            met[site.name] += 1
+    return tuple(found.values())
 
 
 def _repeated_blocks(name: str, transformer: nn.Module) -> list[nn.Module]:
