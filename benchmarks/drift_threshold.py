@@ -1,7 +1,7 @@
 """Choose δ and top_p for a model by measurement: how far heads drift, and what each setting costs and saves.
 
     python -m benchmarks.drift_threshold                             # nano-wan: the demo's prompt, two seeds
-    python -m benchmarks.drift_threshold --model FOLDER --height 480 --width 832 --frames 81 -o block=128
+    python -m benchmarks.drift_threshold --model FOLDER --height 480 --width 832 --frames 81 -o block_size=128
     python -m benchmarks.drift_threshold --deltas 2 4 8 --top-p 0.85 0.9 --json thresholds.json
 
 δ is an L1 norm of means over tokens (HASTE §3), so it depends on a model's head dim and scale: the paper's 30
@@ -47,10 +47,10 @@ PERCENTILES = (5, 25, 50, 75, 95)
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One setting over all videos. ``drift_threshold`` is None for ``reuse="never"``."""
+    """One setting over all videos. ``delta`` is None for ``reuse="never"``."""
 
     top_p: float
-    drift_threshold: float | None
+    delta: float | None
     density: float
     refresh_rate: float
     psnr_mean: float
@@ -58,7 +58,7 @@ class Row:
     time_over_dense: float
 
     def __str__(self) -> str:
-        delta = "never" if self.drift_threshold is None else f"{self.drift_threshold:g}"
+        delta = "never" if self.delta is None else f"{self.delta:g}"
         return (
             f"{self.top_p:6.3f} {delta:>8} {self.density:8.3f} {self.refresh_rate:8.3f} "
             f"{self.psnr_mean:8.2f} {self.psnr_worst:8.2f} {self.time_over_dense:8.2f}"
@@ -125,7 +125,7 @@ def measure(
     never = options.get("reuse") == "never"
     return Row(
         top_p=options["top_p"],
-        drift_threshold=None if never else options["drift_threshold"],
+        delta=None if never else options["delta"],
         density=statistics.fmean(density),
         refresh_rate=statistics.fmean(refresh),
         psnr_mean=statistics.fmean(psnr),
@@ -171,7 +171,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows.append(never)
         _say(str(never))
         for delta in args.deltas or [round(found[p], 2) for p in ("p50", "p75", "p95")]:
-            rows.append(measure(pipe, requests, references, {**options, "drift_threshold": delta}))
+            rows.append(measure(pipe, requests, references, {**options, "delta": delta}))
             _say(str(rows[-1]))
     if args.json:
         report = {

@@ -149,7 +149,10 @@ class _StatefulGraph:
         )
         if self._clock_inputs is not None:
             state.clock.tick(*(args[position] for position in self._clock_inputs))
-        return self._compiled(*args, *self._state_tensors(state))
+        output = self._compiled(*args, *self._state_tensors(state))
+        if self._config.stats:
+            state.record()
+        return output
 
     def _specs_for(self, args: Sequence[Any]) -> tuple[StateSpec, ...]:
         key = self._sizes.symbols(args)

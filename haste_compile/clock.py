@@ -35,7 +35,8 @@ class Clock(nn.Module):
 
     Args:
         slots: how many branches are remembered (two for one video with guidance).
-        warmup_steps: steps at the start of each video for which ``ctl`` asks for dense attention.
+        dense_steps: steps at the start of each video for which ``ctl`` asks for dense attention.
+        rebuild_steps: steps at the start of each video in which every mask is rebuilt.
         device: where the transformer runs.
 
     Attributes:
@@ -44,9 +45,11 @@ class Clock(nn.Module):
 
     ctl: Tensor
 
-    def __init__(self, *, slots: int, warmup_steps: int, device: torch.device) -> None:
+    def __init__(
+        self, *, slots: int, device: torch.device, dense_steps: int = 0, rebuild_steps: int = 0
+    ) -> None:
         super().__init__()
-        self.slots, self.warmup_steps = slots, warmup_steps
+        self.slots, self.dense_steps, self.rebuild_steps = slots, dense_steps, rebuild_steps
         with torch.inference_mode(False):
             ctl = torch.zeros(CTL_COLUMNS, dtype=torch.int32, device=device)
             self.register_buffer("ctl", ctl, persistent=False)
@@ -83,10 +86,11 @@ class Clock(nn.Module):
                 memory = self._memory = _Memory(self.slots, latents, self.ctl.device)
             self._calls += 1
             slot, epoch, step = memory.advance(self._calls, latents, timestep, text)
-            dense = (step < self.warmup_steps).to(torch.int32)
+            dense = (step < self.dense_steps).to(torch.int32)
             zero = torch.zeros_like(dense)
             row = [zero] * CTL_COLUMNS
             row[Ctl.SLOT], row[Ctl.EPOCH], row[Ctl.STEP], row[Ctl.DENSE] = slot, epoch, step, dense
+            row[Ctl.FORCE] = (step < self.rebuild_steps).to(torch.int32)
             self.ctl.copy_(torch.cat(row))
 
 

@@ -15,10 +15,8 @@ from haste_compile.errors import OptionError, ThresholdError
 Thresholds = float | tuple[tuple[float, ...], ...]
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # HASTE v1 (arXiv 2605.14513): no dense warm-up, no layer gate (r < 0 never holds, nor r > 1).
-    "haste-v1": {"warmup_steps": 0, "gate_low": 0.0, "gate_high": 1.0},
-    # HEART, v2 of the same paper: the first 5 steps dense, layer gate 0.4 / 0.8.
-    "heart-v2": {"warmup_steps": 5, "gate_low": 0.4, "gate_high": 0.8},
+    "haste-v1": {"dense_steps": 0},  # HASTE, v1 of arXiv 2605.14513: no dense warm-up
+    "heart-v2": {"dense_steps": 5},  # HEART, v2 of the same paper: 5 of 50 steps
 }
 
 
@@ -29,66 +27,64 @@ class HasteConfig:
     Attributes:
         preset: name in ``PRESETS`` whose values stand where the caller gave none.
         top_p: mass that the kept key blocks of a row must reach, in (0, 1]; a float or an [L][H] table.
-        drift_threshold: δ of temporal mask reuse, >= 0; a float or an [L][H] table. Raw L1 norm
-            (HASTE §3, 30 for XAttention on Wan), or a ratio when ``drift_scale="relative"`` (ours).
-        drift_scale: "raw" or "relative" (drift over the L1 norm of the anchors).
-        reuse: "drift" (temporal mask reuse), "never" (plain XAttention), "freeze" or "interval" (ablations).
-        interval: rebuild every that many calls; needed by ``reuse="interval"``.
+        delta: δ of temporal mask reuse, >= 0; a float or an [L][H] table. Raw L1 norm (HASTE §3, 30 for
+            XAttention on Wan), or a ratio with ``relative_drift``.
+        relative_drift: divide the drift by the L1 norm of the anchors (ours).
+        gate: layer gate (HEART): share of heads that want a rebuild, below which none and above which all do.
+        reuse: "tmr" (temporal mask reuse: by drift), "never" (plain XAttention), and the ablations "always"
+            (keep the first mask), "interval:k" (rebuild every k-th call), "after:k" (rebuild in the first k
+            steps of a video, then keep).
         max_age: rebuild a mask that was reused that many calls in a row; 0 sets no limit (ours).
-        gate_low, gate_high: layer gate (HEART): share of heads below which none, above which all rebuild.
-        block: tokens a block, 64 or 128.
-        stride: s of XAttention's antidiagonals: 4, 8, 16 or 32, at most ``block``.
-        warmup_steps: dense steps at the start of every video.
-        dense_sites: indices of self-attention sites, in graph order, that stay dense.
+        dense_steps: dense steps at the start of every video.
+        dense_layers: indices of self-attention sites, in graph order, that stay dense.
+        block_size: tokens a block, 64 or 128.
+        stride: s of XAttention's antidiagonals: 4, 8, 16 or 32, at most ``block_size``.
         min_tokens: sites with fewer tokens stay dense.
         slots: how many CFG branches (of one or several videos) are remembered at a time.
         strict: a self-attention site that cannot be rewritten is an error.
+        stats: record the counters after every call, for ``Statistics.steps``; launches copies, never waits.
         inner: compiler of the rewritten graph: "inductor", "aot_eager" or "eager".
     """
 
     preset: str = "haste-v1"
     top_p: Thresholds = 0.9
-    drift_threshold: Thresholds = 30.0
-    drift_scale: Literal["raw", "relative"] = "raw"
-    reuse: Literal["drift", "never", "freeze", "interval"] = "drift"
-    interval: int = 0
+    delta: Thresholds = 30.0
+    relative_drift: bool = False
+    gate: tuple[float, float] = (0.4, 0.8)
+    reuse: str = "tmr"
     max_age: int = 0
-    gate_low: float = 0.0
-    gate_high: float = 1.0
-    block: int = 128
+    dense_steps: int = 0
+    dense_layers: tuple[int, ...] = ()
+    block_size: int = 128
     stride: int = 16
-    warmup_steps: int = 0
-    dense_sites: tuple[int, ...] = ()
     min_tokens: int = 1024
     slots: int = 4
     strict: bool = False
+    stats: bool = False
     inner: Literal["inductor", "aot_eager", "eager"] = "inductor"
 
     def __post_init__(self) -> None:
         _choice("preset", self.preset, tuple(PRESETS))
-        _choice("drift_scale", self.drift_scale, ("raw", "relative"))
-        _choice("reuse", self.reuse, ("drift", "never", "freeze", "interval"))
-        _choice("block", self.block, (64, 128))
+        _choice("block_size", self.block_size, (64, 128))
         _choice("stride", self.stride, (4, 8, 16, 32))
         _choice("inner", self.inner, ("inductor", "aot_eager", "eager"))
         _thresholds("top_p", self.top_p, low_open=True, high=1.0)
-        _thresholds("drift_threshold", self.drift_threshold, low_open=False, high=math.inf)
-        for name, low in (("max_age", 0), ("warmup_steps", 0), ("min_tokens", 0), ("slots", 1)):
+        _thresholds("delta", self.delta, low_open=False, high=math.inf)
+        for name, low in (("max_age", 0), ("dense_steps", 0), ("min_tokens", 0), ("slots", 1)):
             _integer(name, getattr(self, name), low)
-        _integer("interval", self.interval, 1 if self.reuse == "interval" else 0)
-        for name in ("gate_low", "gate_high"):
-            _number(name, getattr(self, name), 0.0, 1.0)
-        if self.gate_low > self.gate_high:
-            raise OptionError(
-                found=f"gate_low={self.gate_low} above gate_high={self.gate_high}",
-                wanted="gate_low <= gate_high",
-                where="option gate_low",
-                fix="Swap the two values.",
-            )
-        if not isinstance(self.strict, bool):
-            raise _wrong("strict", self.strict, "True or False")
-        for index in self.dense_sites:
-            _integer("dense_sites", index, 0)
+        for index in self.dense_layers:
+            _integer("dense_layers", index, 0)
+        for name in ("relative_drift", "strict", "stats"):
+            if not isinstance(getattr(self, name), bool):
+                raise _wrong(name, getattr(self, name), "True or False")
+        _gate(self.gate)
+        _reuse(self.reuse)
+
+    @property
+    def reuse_rule(self) -> tuple[str, int]:
+        """``reuse`` taken apart: the rule's name and its k, 0 where it has none."""
+        name, _, k = self.reuse.partition(":")
+        return name, int(k or 0)
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | None) -> HasteConfig:
@@ -111,11 +107,12 @@ class HasteConfig:
         preset = given.get("preset", cls.preset)
         _choice("preset", preset, tuple(PRESETS))
         values = {**PRESETS[preset], **given}
-        for name in ("top_p", "drift_threshold"):
+        for name in ("top_p", "delta"):
             if name in values:
                 values[name] = _freeze_table(name, values[name])
-        if "dense_sites" in values:
-            values["dense_sites"] = _freeze_indices(values["dense_sites"])
+        for name in ("dense_layers", "gate"):
+            if name in values:
+                values[name] = _freeze_list(name, values[name])
         return cls(**values)
 
     def to_options(self) -> dict[str, Any]:
@@ -181,10 +178,27 @@ def _freeze_table(name: str, value: Any) -> Thresholds:
     return tuple(rows)
 
 
-def _freeze_indices(value: Any) -> tuple[int, ...]:
+def _freeze_list(name: str, value: Any) -> tuple[Any, ...]:
     if not isinstance(value, Sequence) or isinstance(value, str):
-        raise _wrong("dense_sites", value, "a list of site indices")
+        raise _wrong(name, value, "a list of numbers")
     return tuple(value)
+
+
+def _gate(gate: Any) -> None:
+    numbers = isinstance(gate, tuple) and all(
+        isinstance(x, (int, float)) and not isinstance(x, bool) for x in gate
+    )
+    if not numbers or len(gate) != 2 or not 0 <= gate[0] <= gate[1] <= 1:
+        raise _wrong("gate", gate, "two numbers (low, high) with 0 <= low <= high <= 1")
+
+
+def _reuse(reuse: Any) -> None:
+    name, colon, k = reuse.partition(":") if isinstance(reuse, str) else ("", "", "")
+    plain = name in ("tmr", "always", "never") and not colon
+    counted = name in ("interval", "after") and k.isdecimal() and int(k) > 0
+    if not plain and not counted:
+        wanted = "'tmr', 'always', 'never', 'interval:k' or 'after:k' with k of at least 1"
+        raise _wrong("reuse", reuse, wanted)
 
 
 def _thresholds(name: str, value: Thresholds, *, low_open: bool, high: float) -> None:
@@ -211,11 +225,6 @@ def _choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
 def _integer(name: str, value: Any, low: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
         raise _wrong(name, value, f"an integer of at least {low}")
-
-
-def _number(name: str, value: Any, low: float, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-        raise _wrong(name, value, f"a number in [{low}, {high}]")
 
 
 def _wrong(name: str, value: Any, wanted: str, kind: type[OptionError] = OptionError) -> OptionError:

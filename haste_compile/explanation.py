@@ -142,7 +142,7 @@ def _explain(
     return Explanation(
         report=_in_prospect(GraphReport.from_context(context)),
         tokens=tokens,
-        blocks=-(-tokens // config.block),
+        blocks=-(-tokens // config.block_size),
         state_bytes=sum(math.prod(map(int, shape)) * dtype.itemsize for shape, dtype in tensors.values()),
         flops=sum(_flops(node) for node in graph.graph.nodes),
         attention_flops=sum(_flops(site.node) for site in eligible),

@@ -65,16 +65,16 @@ NANO_REQUEST = Request(
     frames=33,
 )
 #: Options for the embedded model's 2,304 tokens: blocks of 64 leave 36 to choose from. The others were chosen
-#: with `python -m benchmarks.drift_threshold --top-p 0.95 -o warmup_steps=2`. The paper's δ = 30 is a raw L1
+#: with `python -m benchmarks.drift_threshold --top-p 0.95 -o dense_steps=2`. The paper's δ = 30 is a raw L1
 #: norm for heads of 128 features and another scale; here most heads drift by less than 3 in a step, and 30
 #: would hardly ever rebuild a mask. 4 is the largest round δ whose PSNR is still that of a rebuild in every
 #: step. Dense steps, in which the video's layout is decided, are worth more than a higher top_p.
 NANO_OPTIONS: dict[str, Any] = {
-    "block": 64,
+    "block_size": 64,
     "stride": 16,
     "top_p": 0.95,
-    "drift_threshold": 4.0,
-    "warmup_steps": 2,
+    "delta": 4.0,
+    "dense_steps": 2,
 }
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -20,7 +21,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 from haste_compile.clock import Clock
 from haste_compile.config import HasteConfig, threshold_row
 from haste_compile.errors import StateError
-from haste_compile.kernels.layout import COUNTER_COLUMNS, Counter
+from haste_compile.kernels.layout import COUNTER_COLUMNS, Counter, Ctl
+
+#: With ``stats=True``: how many of the latest calls are remembered.
+RECORDED_CALLS = 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +43,23 @@ class StateSpec:
 
 
 @dataclasses.dataclass(frozen=True)
+class StepStatistics:
+    """What one call of the transformer did, over all its sites and heads; recorded with ``stats=True``.
+
+    Attributes:
+        slot: the CFG branch.
+        step: 0-based denoising step in the video.
+        refresh_rate: share of the heads that rebuilt their mask.
+        density: computed query-key pairs over all pairs.
+    """
+
+    slot: int
+    step: int
+    refresh_rate: float
+    density: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Statistics:
     """What the rewritten sites did in the videos that their slots still remember.
 
@@ -47,6 +68,7 @@ class Statistics:
         density_by_head: [L][H], computed query-key pairs over all pairs, dense warm-up calls included.
         refresh_rate_by_head: [L][H], rebuilds over calls.
         calls: attention calls counted, over all sites, heads, branches and samples.
+        steps: with ``stats=True``, every recorded call, oldest first.
     """
 
     sites: tuple[str, ...]
@@ -54,6 +76,7 @@ class Statistics:
     refresh_rate_by_head: tuple[tuple[float, ...], ...]
     refreshes: int
     calls: int
+    steps: tuple[StepStatistics, ...] = ()
 
     @property
     def density(self) -> float:
@@ -93,10 +116,11 @@ class HasteState(nn.Module):
     ) -> None:
         super().__init__()
         self.specs, self.config, self.clock = tuple(specs), config, clock
+        self._records: deque[tuple[Tensor, list[Tensor]]] = deque(maxlen=RECORDED_CALLS)
         indices, total = rows
         with torch.inference_mode(False):
             for i, (spec, row) in enumerate(zip(self.specs, indices, strict=True)):
-                blocks = spec.blocks(config.block)
+                blocks = spec.blocks(config.block_size)
                 leading = (config.slots, spec.B, spec.H)
 
                 def zeros(*shape: int, dtype: torch.dtype, device: torch.device = spec.device) -> Tensor:
@@ -104,7 +128,7 @@ class HasteState(nn.Module):
 
                 buffers = {
                     "top_p": _heads("top_p", config.top_p, row, total, spec),
-                    "delta": _heads("drift_threshold", config.drift_threshold, row, total, spec),
+                    "delta": _heads("delta", config.delta, row, total, spec),
                     "mask": zeros(*leading, blocks, -(-blocks // 32), dtype=torch.int32),
                     "anchors": zeros(*leading, 2, spec.D, dtype=torch.float32),
                     "counters": zeros(*leading, COUNTER_COLUMNS, dtype=torch.int64),
@@ -121,11 +145,34 @@ class HasteState(nn.Module):
         for name, buffer in self.named_buffers(recurse=False):
             if name.startswith(("mask", "anchors", "counters")):
                 buffer.zero_()
+        self._records.clear()
         self.clock.reset()
 
     def counters(self) -> list[Tensor]:
         """[S, B, H, 8] of every site, on the host."""
         return [self.tensor(i, "counters").cpu() for i in range(len(self.specs))]
+
+    def record(self) -> None:
+        """Remember the counters after a call; copies on the device, reads nothing back."""
+        counters = [self.tensor(i, "counters").clone() for i in range(len(self.specs))]
+        self._records.append((self.clock.ctl.clone(), counters))
+
+    def steps(self) -> Iterator[StepStatistics]:
+        """The recorded calls, oldest first; reads the device."""
+        last: dict[int, tuple[int, Tensor]] = {}  # slot -> its epoch and counters after its latest call
+        pairs = torch.tensor([spec.N**2 for spec in self.specs], dtype=torch.float64)
+        for ctl, counters in self._records:
+            slot, epoch = int(ctl[Ctl.SLOT]), int(ctl[Ctl.EPOCH])
+            sums = torch.stack([site[slot].sum((0, 1)).cpu() for site in counters]).double()
+            before = last[slot][1] if slot in last and last[slot][0] == epoch else torch.zeros_like(sums)
+            done, last[slot] = sums - before, (epoch, sums)
+            calls = done[:, Counter.CALLS]
+            yield StepStatistics(
+                slot=slot,
+                step=int(ctl[Ctl.STEP]),
+                refresh_rate=float(done[:, Counter.REFRESHES].sum() / calls.sum()),
+                density=float(done[:, Counter.KEPT_SUM].sum() / (calls * pairs).sum()),
+            )
 
     def nbytes(self) -> int:
         return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers())
@@ -137,7 +184,9 @@ def statistics_of(states: Iterable[HasteState]) -> Statistics:
     density: list[tuple[float, ...]] = []
     rate: list[tuple[float, ...]] = []
     refreshes = calls = 0
+    steps: list[StepStatistics] = []
     for state in states:
+        steps += state.steps()
         for spec, counters in zip(state.specs, state.counters(), strict=True):
             sums = counters.sum((0, 1)).double()  # [H, 8]
             if not sums[:, Counter.CALLS].any():
@@ -148,7 +197,7 @@ def statistics_of(states: Iterable[HasteState]) -> Statistics:
             rate.append(tuple((sums[:, Counter.REFRESHES] / sums[:, Counter.CALLS]).tolist()))
             refreshes += int(sums[:, Counter.REFRESHES].sum())
             calls += int(sums[:, Counter.CALLS].sum())
-    return Statistics(tuple(names), tuple(density), tuple(rate), refreshes, calls)
+    return Statistics(tuple(names), tuple(density), tuple(rate), refreshes, calls, tuple(steps))
 
 
 class Attachment:
@@ -170,8 +219,7 @@ class Attachment:
 
     def clock(self, device: torch.device) -> Clock:
         if device not in self._clocks:
-            slots, warmup_steps = self.config.slots, self.config.warmup_steps
-            self._clocks[device] = Clock(slots=slots, warmup_steps=warmup_steps, device=device)
+            self._clocks[device] = _clock_for(self.config, device)
         return self._clocks[device]
 
     def _tick(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -229,8 +277,9 @@ def _make_state(
     device = specs[0].device
     attached = _attachments.get(anchor)
     if sees_clock or attached is None:
-        clock = Clock(slots=config.slots, warmup_steps=config.warmup_steps, device=device)
-        return HasteState(specs, config, clock=clock, rows=(range(len(specs)), len(specs)))
+        return HasteState(
+            specs, config, clock=_clock_for(config, device), rows=(range(len(specs)), len(specs))
+        )
     attachment, index = attached
     if config != attachment.config:
         raise StateError(
@@ -255,6 +304,16 @@ def path_prefix(parameter: Tensor) -> str:
     """What the names of sites lack in a graph that saw one attached block; empty for a whole transformer."""
     attached = _attachments.get(parameter)
     return f"blocks.{attached[1]}." if attached else ""
+
+
+def _clock_for(config: HasteConfig, device: torch.device) -> Clock:
+    rule, k = config.reuse_rule
+    return Clock(
+        slots=config.slots,
+        dense_steps=config.dense_steps,
+        rebuild_steps=k if rule == "after" else 0,
+        device=device,
+    )
 
 
 def states_of(module: nn.Module) -> Iterator[HasteState]:

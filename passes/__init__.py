@@ -66,7 +66,7 @@ def run_passes(gm: fx.GraphModule, ctx: PassContext) -> None:
     Raises:
         NoAttentionSitesError: the graph has no attention that a pass can see.
         UnsupportedSiteError: with ``strict=True``, a self-attention site cannot be rewritten.
-        OptionError: ``dense_sites`` names a site that the graph does not have.
+        OptionError: ``dense_layers`` names a site that the graph does not have.
         GraphContractError: the result breaks the specification in ``verify_graph``.
         OutputPathError: the HASTE_DUMP folder cannot be written.
     """

@@ -23,7 +23,7 @@ ATTENTION = torch.ops.haste.block_sparse_attention.default
 FIELDS = ("ctl", "top_p", "delta", "mask", "anchors", "counters")
 
 #: The option that fills a threshold field.
-THRESHOLD_OPTIONS = {"top_p": "top_p", "delta": "drift_threshold"}
+THRESHOLD_OPTIONS = {"top_p": "top_p", "delta": "delta"}
 
 
 @dataclasses.dataclass(eq=False)
@@ -204,7 +204,7 @@ class BufferBinding:
 def state_layout(field: str, site: AttentionSite, config: HasteConfig) -> Layout:
     """Shape and dtype of one state tensor of a site, as the ops want it."""
     batch, heads, tokens, dim = site.shape
-    blocks = -(-tokens // config.block)
+    blocks = -(-tokens // config.block_size)
     # AOTInductor folds mutable buffers of one element as constants: thresholds have two even for one head.
     thresholds = heads if _torch.guarded(heads > 1) else 2
     leading = (config.slots, batch, heads)

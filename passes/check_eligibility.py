@@ -29,17 +29,17 @@ def check_eligibility(gm: fx.GraphModule, ctx: PassContext) -> None:
 
     Raises:
         UnsupportedSiteError: with ``strict=True``, for a self-attention site that is skipped for any
-            reason but ``dense_sites``.
-        OptionError: ``dense_sites`` names more self-attention sites than there are.
+            reason but ``dense_layers``.
+        OptionError: ``dense_layers`` names more self-attention sites than there are.
     """
     config = ctx.config
     self_sites = [site for site in ctx.sites if site.kind == "self"]
-    _check_dense_sites(config, len(self_sites))
-    kept_dense = [site for i, site in enumerate(self_sites) if i in config.dense_sites]
+    _check_dense_layers(config, len(self_sites))
+    kept_dense = [site for i, site in enumerate(self_sites) if i in config.dense_layers]
     eligible = 0
     for site in ctx.sites:
         if site in kept_dense:
-            site.status, site.reason = "skipped", "kept dense by option dense_sites"
+            site.status, site.reason = "skipped", "kept dense by option dense_layers"
         elif reason := _why_not(site, gm, ctx):
             if config.strict and site.kind == "self":
                 raise _unsupported(site, reason)
@@ -94,18 +94,18 @@ def _why_not_tokens(tokens: int | torch.SymInt, ctx: PassContext) -> str | None:
     if not guarded(tokens >= ctx.config.min_tokens):
         return f"{tokens} tokens, fewer than min_tokens={ctx.config.min_tokens}"
     # One block has nothing to skip (and its mask could be a single word, which AOTInductor would fold away).
-    if not guarded(tokens > ctx.config.block):
-        return f"{tokens} tokens are a single block of {ctx.config.block}"
+    if not guarded(tokens > ctx.config.block_size):
+        return f"{tokens} tokens are a single block of {ctx.config.block_size}"
     return None
 
 
-def _check_dense_sites(config: HasteConfig, sites: int) -> None:
-    unknown = [index for index in config.dense_sites if index >= sites]
+def _check_dense_layers(config: HasteConfig, sites: int) -> None:
+    unknown = [index for index in config.dense_layers if index >= sites]
     if sites and unknown:
         raise OptionError(
             found=", ".join(map(str, unknown)),
             wanted=f"indices below {sites}, the number of self-attention sites in the graph",
-            where="option dense_sites",
+            where="option dense_layers",
             fix="Number the self-attention sites from 0 in the order explain() lists them.",
         )
 
@@ -115,7 +115,7 @@ def _unsupported(site: AttentionSite, reason: str) -> UnsupportedSiteError:
         found=reason,
         wanted="self-attention that the kernels can run",
         where=f"attention site {site.label}",
-        fix="Change the model or the options so that it fits, keep the site dense with dense_sites, "
+        fix="Change the model or the options so that it fits, keep the site dense with dense_layers, "
         "or drop strict=True.",
     )
 

@@ -11,6 +11,9 @@ from haste_compile.config import HasteConfig
 from haste_compile.errors import GraphContractError
 from haste_compile.passes.base import ATTENTION, FIELDS, REFRESH, AttentionSite, PassContext, same_layout
 
+#: The op's name for each rule of ``HasteConfig.reuse``; "after:k" has the clock force the first k steps.
+RULES = {"tmr": "drift", "never": "never", "always": "freeze", "interval": "interval", "after": "freeze"}
+
 
 def rewrite_self_attention(gm: fx.GraphModule, ctx: PassContext) -> None:
     """Insert the two haste ops at every eligible site and give their output to the users of the old node.
@@ -59,7 +62,7 @@ def unbound_state(site: int, field: str) -> Tensor:
 
 
 def _insert(graph: fx.Graph, site: AttentionSite, config: HasteConfig) -> tuple[fx.Node, ...]:
-    i = site.index
+    i, (rule, k) = site.index, config.reuse_rule
     state = {
         field: graph.create_node("call_function", unbound_state, (i, field), name=f"unbound_{i}_{field}")
         for field in FIELDS
@@ -69,14 +72,14 @@ def _insert(graph: fx.Graph, site: AttentionSite, config: HasteConfig) -> tuple[
         REFRESH,
         (site.q, site.k, *(state[f] for f in ("top_p", "delta", "ctl", "mask", "anchors", "counters"))),
         {
-            "block": config.block,
+            "block": config.block_size,
             "stride": config.stride,
-            "reuse": config.reuse,
-            "interval": config.interval,
+            "reuse": RULES[rule],
+            "interval": k if rule == "interval" else 0,
             "max_age": config.max_age,
-            "gate_low": config.gate_low,
-            "gate_high": config.gate_high,
-            "relative": config.drift_scale == "relative",
+            "gate_low": config.gate[0],
+            "gate_high": config.gate[1],
+            "relative": config.relative_drift,
         },
         name=f"haste_{i}_refresh",
     )
@@ -84,7 +87,7 @@ def _insert(graph: fx.Graph, site: AttentionSite, config: HasteConfig) -> tuple[
         "call_function",
         ATTENTION,
         (site.q, site.k, site.v, state["mask"], state["ctl"]),
-        {"block": config.block, "scale": site.scale},
+        {"block": config.block_size, "scale": site.scale},
         name=f"haste_{i}_attention",
     )
     out = graph.create_node("call_function", operator.getitem, (attention, 0), name=f"haste_{i}_out")

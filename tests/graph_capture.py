@@ -15,7 +15,7 @@ from haste_compile.kernels.layout import Ctl
 from haste_compile.passes import BufferBinding, PassContext, PlaceholderBinding, run_passes
 
 #: Options under which a test-sized model is worth rewriting; every mask keeps everything.
-SMALL = HasteConfig(block=64, min_tokens=0, top_p=1.0)
+SMALL = HasteConfig(block_size=64, min_tokens=0, top_p=1.0)
 
 
 def capture(module: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.GraphModule:
@@ -62,7 +62,7 @@ def make_state(
         elif wanted.field == "top_p":
             tensor.fill_(config.top_p)
         elif wanted.field == "delta":
-            tensor.fill_(config.drift_threshold)
+            tensor.fill_(config.delta)
         state.append(tensor)
     return state
 

@@ -21,7 +21,7 @@ from haste_compile.errors import (
 )
 from haste_compile.state import Attachment, states_of, statistics
 
-OPTIONS: dict[str, Any] = {"block": 64, "stride": 8, "min_tokens": 64, "inner": "eager"}
+OPTIONS: dict[str, Any] = {"block_size": 64, "stride": 8, "min_tokens": 64, "inner": "eager"}
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +58,7 @@ def test_inductor_updates_the_state_in_place_and_agrees_with_eager():
     outputs = {}
     for inner in ("eager", "inductor"):
         transformer = build_transformer()
-        model = compile_haste(transformer, inner=inner, top_p=0.7, drift_threshold=10.0)
+        model = compile_haste(transformer, inner=inner, top_p=0.7, delta=10.0)
         outputs[inner] = [run(model, t) for t in (900.0, 800.0, 700.0)]
         assert statistics(transformer).calls == 3 * 2 * 2  # calls × sites × heads
         assert statistics(transformer).density < 0.9
@@ -89,7 +89,7 @@ def test_fullgraph_holds():
 
 def test_positional_arguments_reach_the_clock():
     transformer = build_transformer()
-    model = compile_haste(transformer, drift_threshold=1e9)
+    model = compile_haste(transformer, delta=1e9)
     inputs = transformer_inputs()
     with torch.no_grad():
         for timestep in (900.0, 800.0):
@@ -100,12 +100,12 @@ def test_positional_arguments_reach_the_clock():
 def test_dynamic_shapes_serve_every_size_with_state_of_its_own():
     """With dynamic=None the second size makes the graph symbolic; it must serve old and new sizes alike."""
     transformer, twin = build_transformer(), build_transformer()
-    model = compile_haste(transformer, dynamic=None, top_p=0.7, drift_threshold=10.0)
+    model = compile_haste(transformer, dynamic=None, top_p=0.7, delta=10.0)
     sizes = [transformer_inputs(width=width) for width in (128, 192, 160, 128, 256)]
     served = [run(model, 900.0, **inputs) for inputs in sizes]
     assert graphs() == 2
     torch._dynamo.reset()
-    static = compile_haste(twin, top_p=0.7, drift_threshold=10.0)
+    static = compile_haste(twin, top_p=0.7, delta=10.0)
     for inputs, output in zip(sizes, served, strict=True):
         torch.testing.assert_close(output, run(static, 900.0, **inputs), rtol=1e-4, atol=1e-5)
     assert len(list(states_of(transformer))) == 4
@@ -134,7 +134,7 @@ class TestBlocks:
             block.compile(backend="haste", dynamic=False, options={**OPTIONS, **options})
 
     def test_attached_blocks_equal_the_whole(self):
-        options = {"top_p": 0.7, "drift_threshold": 10.0}
+        options = {"top_p": 0.7, "delta": 10.0}
         whole = compile_haste(build_transformer(), **options)
         expected = [run(whole, t) for t in (900.0, 800.0, 700.0)]
         transformer = build_transformer()
@@ -149,7 +149,7 @@ class TestBlocks:
 
     def test_blocks_without_an_attachment_rebuild_every_mask(self):
         transformer = build_transformer()
-        self.compile_blocks(transformer, attach=False, drift_threshold=1e9)
+        self.compile_blocks(transformer, attach=False, delta=1e9)
         for timestep in (900.0, 800.0):
             run(transformer, timestep)
         assert statistics(transformer).refresh_rate == 1.0
@@ -162,6 +162,43 @@ class TestBlocks:
         assert first == (1.0, 1.0) and second[0] < 0.7 and second[1] == 1.0
 
 
+@pytest.mark.parametrize(
+    ("reuse", "rebuilt"),
+    [
+        ("never", [1, 1, 1, 1, 1]),
+        ("always", [1, 0, 0, 0, 0]),
+        ("interval:2", [1, 0, 1, 0, 1]),
+        ("after:3", [1, 1, 1, 0, 0]),
+    ],
+)
+def test_reuse_rules_and_recorded_steps(reuse: str, rebuilt: list[int]):
+    transformer = build_transformer()
+    model = compile_haste(transformer, reuse=reuse, delta=0.0, stats=True, top_p=0.6)
+    for timestep in (900.0, 800.0, 700.0, 600.0, 500.0):
+        run(model, timestep)
+    found = statistics(transformer)
+    assert [call.refresh_rate for call in found.steps] == rebuilt
+    assert [call.step for call in found.steps] == [0, 1, 2, 3, 4]
+    average = sum(call.density for call in found.steps) / 5
+    assert average == pytest.approx(found.density) and 0 < average < 1
+
+
+def test_nothing_is_recorded_unasked():
+    transformer = build_transformer()
+    run(compile_haste(transformer))
+    assert statistics(transformer).steps == ()
+
+
+def test_the_gate_of_the_layer():
+    """One head of two wants a mask (δ of 0 and of a million): a share of 0.5 passes or not by the gate."""
+    for gate, rate in (((0.4, 0.8), 0.75), ((0.6, 0.8), 0.5), ((0.2, 0.4), 1.0)):
+        transformer = build_transformer()
+        model = compile_haste(transformer, delta=[[0.0, 1e6], [0.0, 1e6]], gate=gate)
+        run(model, 900.0), run(model, 800.0)
+        assert statistics(transformer).refresh_rate == rate
+        torch._dynamo.reset()
+
+
 def test_thresholds_of_single_heads():
     transformer = build_transformer()
     run(compile_haste(transformer, top_p=[[0.2, 1.0], [1.0, 0.2]]))
@@ -169,15 +206,15 @@ def test_thresholds_of_single_heads():
     assert full == full_too == 1.0 and max(low, low_too) < 0.6
 
 
-def test_dense_sites_and_warm_up():
+def test_dense_layers_and_warm_up():
     transformer = build_transformer()
     dense = run(transformer)
-    model = compile_haste(transformer, warmup_steps=1, top_p=0.2)
+    model = compile_haste(transformer, dense_steps=1, top_p=0.2)
     torch.testing.assert_close(run(model, 900.0), dense, rtol=1e-4, atol=1e-5)
     assert (run(model, 800.0) - run(transformer, 800.0)).abs().max() > 1e-3
     torch._dynamo.reset()
     other = build_transformer()
-    run(compile_haste(other, dense_sites=[0]))
+    run(compile_haste(other, dense_layers=[0]))
     assert [site.name for site in reports(other)[0].rewritten] == ["blocks.1.attn1"]
 
 
@@ -200,6 +237,28 @@ class TestBadInput:
     def test_threshold_out_of_range(self, top_p: Any):
         with pytest.raises(ThresholdError, match=r"\(0, 1\]"):
             run(compile_haste(build_transformer(), top_p=top_p))
+
+    @pytest.mark.parametrize(
+        "wrong",
+        [
+            {"reuse": "drift"},
+            {"reuse": "interval"},
+            {"reuse": "after:0"},
+            {"reuse": "tmr:2"},
+            {"gate": (0.8, 0.4)},
+            {"gate": 0.5},
+            {"gate": (0.1, 2.0)},
+            {"stats": 1},
+            {"relative_drift": "yes"},
+            {"block_size": 32},
+            {"dense_layers": "0"},
+            {"preset": "haste-v9"},
+        ],
+        ids=str,
+    )
+    def test_option_out_of_range(self, wrong: dict[str, Any]):
+        with pytest.raises(OptionError, match=f"option {next(iter(wrong))}: found .* wanted "):
+            run(compile_haste(build_transformer(), **wrong))
 
     @pytest.mark.parametrize("top_p", [[[0.9, 0.9]], [[0.9], [0.9]], [[0.9] * 3] * 2])
     def test_threshold_table_of_another_shape(self, top_p: Any):

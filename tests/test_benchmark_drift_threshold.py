@@ -23,7 +23,7 @@ SIZE = [
     "--steps",
     "4",
     "-o",
-    "block=64",
+    "block_size=64",
     "-o",
     "min_tokens=64",
     "-o",
@@ -43,7 +43,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def test_a_larger_threshold_rebuilds_less(report: dict[str, Any]) -> None:
     never, small, large = report["rows"]
-    assert never["drift_threshold"] is None and never["refresh_rate"] == 1.0
+    assert never["delta"] is None and never["refresh_rate"] == 1.0
     assert small["refresh_rate"] == 1.0
     assert large["refresh_rate"] == pytest.approx(1 / 4)
     # A threshold that no drift stays below leaves the very videos of reuse="never".
@@ -81,4 +81,4 @@ def test_drift_is_what_the_gate_compares_with_its_threshold() -> None:
 
 def test_the_request_is_recorded(report: dict[str, Any]) -> None:
     assert [request["seed"] for request in report["requests"]] == [0, 1]
-    assert report["steps"] == 4 and report["options"]["block"] == 64
+    assert report["steps"] == 4 and report["options"]["block_size"] == 64

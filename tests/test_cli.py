@@ -20,7 +20,7 @@ from haste_compile.loading import load_pipeline, pick_device, transformer_struct
 from haste_compile.output import new_file, new_folder
 
 SMALL = ["--height", "128", "--width", "128", "--frames", "17", "--steps", "2"]
-OPTIONS = ["-o", "block=64", "-o", "min_tokens=64", "-o", "inner=eager"]
+OPTIONS = ["-o", "block_size=64", "-o", "min_tokens=64", "-o", "inner=eager"]
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_version(haste) -> None:
         (["demo", "--device", "tpu"], "DeviceError", "cpu or cuda"),
         (["demo", "--model", "/no/such/model"], "ModelPathError", "model_index.json"),
         (["explain", "--model", "/no/such/model"], "ModelPathError", "/no/such/model"),
-        (["explain", "-o", "block=100"], "OptionError", "64, 128"),
+        (["explain", "-o", "block_size=100"], "OptionError", "64, 128"),
         (["generate", "--prompt", "x", "--model", "/no/such/model"], "ModelPathError", "nothing there"),
         (["generate", "--prompt", "x", "--dense", "-o", "top_p=0.5"], "OptionError", "one of the two"),
     ],

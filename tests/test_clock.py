@@ -15,8 +15,8 @@ def noise(seed: int, shape: tuple[int, ...] = (1, 4, 3, 8, 8)) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def make_clock(slots: int = 4, warmup_steps: int = 0) -> Clock:
-    return Clock(slots=slots, warmup_steps=warmup_steps, device=torch.device("cpu"))
+def make_clock(slots: int = 4, **steps: int) -> Clock:
+    return Clock(slots=slots, device=torch.device("cpu"), **steps)
 
 
 def tick(clock: Clock, latents: torch.Tensor, timestep: float, text: torch.Tensor) -> dict[str, int]:
@@ -139,9 +139,15 @@ def test_nan_never_continues_a_video():
 
 
 def test_warm_up_marks_the_first_steps_of_each_video_dense():
-    clock = make_clock(warmup_steps=2)
+    clock = make_clock(dense_steps=2)
     for _ in range(2):
         assert [c["dense"] for c in run_video(clock, 0, [COND])] == [1, 1, 0, 0]
+
+
+def test_masks_are_forced_in_the_first_steps_of_each_video():
+    clock = make_clock(rebuild_steps=3)
+    for _ in range(2):
+        assert [c["force"] for c in run_video(clock, 0, [COND])] == [1, 1, 1, 0]
 
 
 def test_timestep_per_token_counts_by_its_largest():

@@ -30,7 +30,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
     torch._dynamo.reset()
     arguments = ["demo", "--model", model, "--out", folder / "out", "--steps", STEPS, "--seed", 7]
     arguments += ["--prompt", "a red circle moves left", "--height", 128, "--width", 128, "--frames", 17]
-    arguments += ["-o", "block=64", "-o", "min_tokens=64", "-o", "top_p=0.4", "-o", "drift_threshold=1000"]
+    arguments += ["-o", "block_size=64", "-o", "min_tokens=64", "-o", "top_p=0.4", "-o", "delta=1000"]
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as exit_:
         patch.setattr(sys, "argv", ["haste", *map(str, arguments)])
         cli.main()
@@ -168,6 +168,6 @@ def test_failure_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_defaults_suit_the_model() -> None:
     assert default_request(NANO_WAN) is NANO_REQUEST
-    assert NANO_OPTIONS["block"] == 64
+    assert NANO_OPTIONS["block_size"] == 64
     wan = default_request("Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
     assert (wan.height, wan.width, wan.frames, wan.steps) == (480, 832, 81, 50)

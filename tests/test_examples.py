@@ -16,7 +16,7 @@ from haste_compile.evaluation.video import read_mp4
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["--height", "128", "--width", "128", "--frames", "17"]
-OPTIONS = json.dumps({"block": 64, "min_tokens": 64, "top_p": 0.5, "inner": "eager"})
+OPTIONS = json.dumps({"block_size": 64, "min_tokens": 64, "top_p": 0.5, "inner": "eager"})
 
 
 @pytest.fixture(scope="module")

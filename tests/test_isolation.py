@@ -18,11 +18,11 @@ from haste_compile.state import states_of, statistics
 
 #: Reuse is on and neither always nor never taken: the tiny model's drift lies around this value.
 OPTIONS = {
-    "block": 64,
+    "block_size": 64,
     "stride": 8,
     "min_tokens": 64,
     "top_p": 0.7,
-    "drift_threshold": 10.0,
+    "delta": 10.0,
     "inner": "eager",
 }
 

@@ -56,7 +56,7 @@ def generated(pipe: Any) -> tuple[list[Prompt], Tensor, list[Tensor]]:
 
     def see(call: int, _layer: int, query: Tensor, key: Tensor) -> None:
         if call == STEPS:  # two calls a step: the conditional one in the middle
-            scores = block_scores(query, key, block=NANO_OPTIONS["block"], stride=NANO_OPTIONS["stride"])
+            scores = block_scores(query, key, block=NANO_OPTIONS["block_size"], stride=NANO_OPTIONS["stride"])
             densities.append(top_p_density(scores, query.shape[2]))
 
     with SelfAttentionTap(see):

@@ -32,7 +32,7 @@ class SelfAttention(torch.nn.Module):
         return torch.nn.functional.scaled_dot_product_attention(q, k, v)
 
 model, x = torch.nn.Sequential(SelfAttention()), torch.randn(1, 256, 64)
-options = {"block": 64, "min_tokens": 1, "top_p": 1.0, "inner": "eager"}
+options = {"block_size": 64, "min_tokens": 1, "top_p": 1.0, "inner": "eager"}
 with torch.no_grad():
     out = torch.compile(model, backend="haste", options=options)(x)
     torch.testing.assert_close(out, model(x), rtol=1e-4, atol=1e-5)

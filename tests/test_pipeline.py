@@ -18,11 +18,11 @@ from haste_compile.state import states_of
 
 #: Everything is computed eagerly, so that tests need no C++ compiler runs.
 OPTIONS: dict[str, Any] = {
-    "block": 64,
+    "block_size": 64,
     "min_tokens": 64,
     "inner": "eager",
     "top_p": 0.5,
-    "drift_threshold": 1e6,
+    "delta": 1e6,
 }
 
 
@@ -278,7 +278,7 @@ def test_explain_counts_operations() -> None:
     """A forward of 320 tokens, counted by hand."""
     transformer = tiny_wan.build_transformer()
     size = {"height": tiny_wan.HEIGHT, "width": tiny_wan.WIDTH, "num_frames": tiny_wan.FRAMES}
-    found = explain(transformer, **size, block=64, min_tokens=64)["transformer"]
+    found = explain(transformer, **size, block_size=64, min_tokens=64)["transformer"]
     n, width, text = tiny_wan.TOKENS, tiny_wan.HEADS * tiny_wan.HEAD_DIM, 512
     attention = tiny_wan.LAYERS * 4 * n * n * width
     cross = tiny_wan.LAYERS * 4 * n * text * width
@@ -296,6 +296,6 @@ def test_explain_counts_operations() -> None:
 
 def test_explain_leaves_the_transformer_as_it_was(pipe: Any) -> None:
     dense = run(pipe)
-    explain(pipe, height=128, width=128, num_frames=17, block=64)
+    explain(pipe, height=128, width=128, num_frames=17, block_size=64)
     assert torch.equal(run(pipe), dense)
     assert not _torch.is_compiled(pipe.transformer)

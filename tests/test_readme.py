@@ -27,21 +27,21 @@ SMALL_TEXT = {
     "torch.bfloat16": "torch.float32",
     '"cuda"': '"cpu"',
     "height=480, width=832, num_frames=81": "height=128, width=128, num_frames=17",
-    '{"top_p": 0.9}': '{"top_p": 0.9, "block": 64, "min_tokens": 64, "inner": "eager"}',
-    "top_p=0.9": 'top_p=0.9, block=64, min_tokens=64, inner="eager"',
+    '{"top_p": 0.9}': '{"top_p": 0.9, "block_size": 64, "min_tokens": 64, "inner": "eager"}',
+    "top_p=0.9": 'top_p=0.9, block_size=64, min_tokens=64, inner="eager"',
 }
 #: The same for the shell: further arguments that the tiny pipeline needs.
 SMALL = "--height 128 --width 128 --frames 17"
 SMALL_ARGUMENTS = {
     "doctor": "",
-    "explain": f"{SMALL} -o block=64 -o min_tokens=64",
-    "generate": f"{SMALL} --steps 1 -o block=64 -o min_tokens=64 -o inner=eager",
+    "explain": f"{SMALL} -o block_size=64 -o min_tokens=64",
+    "generate": f"{SMALL} --steps 1 -o block_size=64 -o min_tokens=64 -o inner=eager",
 }
 #: Shell lines that another test or CI itself runs, and which.
 RUN_ELSEWHERE = {
     "make demo": "tests/test_demo.py runs the command; .ci/run sets up the same environment",
     "make test": ".ci/run",
-    "python -m benchmarks.drift_threshold --top-p 0.9 0.95 -o warmup_steps=2 --json thresholds.json": (
+    "python -m benchmarks.drift_threshold --top-p 0.9 0.95 -o dense_steps=2 --json thresholds.json": (
         "tests/test_benchmark_drift_threshold.py"
     ),
     "pip install 'haste-compile[gpu]'": "tests/test_packaging.py installs the wheel",

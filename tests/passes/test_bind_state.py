@@ -51,7 +51,7 @@ def test_no_state_tensor_has_a_single_element():
 
 
 def test_exported_buffers_hold_the_thresholds_of_their_site():
-    config = dataclasses.replace(SMALL, top_p=((0.5, 0.6), (0.7, 0.8)), drift_threshold=3.0)
+    config = dataclasses.replace(SMALL, top_p=((0.5, 0.6), (0.7, 0.8)), delta=3.0)
     gm = export(toy({}, {"is_causal": True}, {}), tokens())
     rewrite(gm, config, "export")
     buffers = dict(gm.named_buffers())

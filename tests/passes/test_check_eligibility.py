@@ -169,19 +169,19 @@ def test_a_smaller_video_recompiles_and_stays_dense():
     assert [ctx.sites[0].status for ctx in rewriting.contexts] == ["rewritten", "skipped"]
 
 
-def test_dense_sites_count_self_attention_in_graph_order():
-    config = dataclasses.replace(SMALL, dense_sites=(1,), strict=True)
+def test_dense_layers_count_self_attention_in_graph_order():
+    config = dataclasses.replace(SMALL, dense_layers=(1,), strict=True)
     model = toy({}, {"context": True}, {}, {})
     gm = capture(model, tokens(), tokens(30))
     ctx = rewrite(gm, config)
     assert [site.status for site in ctx.sites] == ["rewritten", "skipped", "skipped", "rewritten"]
-    assert ctx.sites[2].reason == "kept dense by option dense_sites"
+    assert ctx.sites[2].reason == "kept dense by option dense_layers"
     assert [site.index for site in ctx.sites] == [0, None, None, 1]
 
 
-def test_dense_sites_beyond_the_graph():
+def test_dense_layers_beyond_the_graph():
     with pytest.raises(OptionError, match="found 2, 7; wanted indices below 2"):
-        decide(toy({}, {}), tokens(), config=dataclasses.replace(SMALL, dense_sites=(0, 2, 7)))
+        decide(toy({}, {}), tokens(), config=dataclasses.replace(SMALL, dense_layers=(0, 2, 7)))
 
 
 def test_strict_raises_for_self_attention_only():

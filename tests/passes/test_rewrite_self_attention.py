@@ -30,8 +30,8 @@ def refreshes(rewriting: Rewriting) -> list[list[int]]:
 @pytest.mark.parametrize("dialect", ["dynamo", "export"])
 def test_ops_take_the_site_and_the_options(dialect):
     config = HasteConfig(
-        block=64, stride=8, min_tokens=0, reuse="interval", interval=3, max_age=5, gate_low=0.2,
-        gate_high=0.7, drift_scale="relative",
+        block_size=64, stride=8, min_tokens=0, reuse="interval:3", max_age=5, gate=(0.2, 0.7),
+        relative_drift=True,
     )  # fmt: skip
     gm = (capture if dialect == "dynamo" else export)(toy({"scale": 0.25}), tokens())
     ctx = rewrite(gm, config, dialect)
