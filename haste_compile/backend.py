@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -16,6 +17,7 @@ from haste_compile.passes import PassContext, PlaceholderBinding, StateInput, ru
 from haste_compile.passes.base import AttentionSite
 from haste_compile.report import GraphReport
 from haste_compile.state import CLOCK_INPUTS, HasteState, StateSpec, find_state, path_prefix
+from haste_compile.step_hook import find_hook
 
 logger = logging.getLogger(__name__)
 
@@ -93,9 +95,18 @@ def _compile(
             where="the haste backend",
             fix="Compile the transformer module itself.",
         )
+    dense = None
+    host_tells = config.dense_steps > 0 and find_hook(example_inputs[anchor]) is not None
+    if host_tells and needs_dense_graph(context.rewritten[0].device):
+        dense = compile_inner(_torch.copy_graph(gm), list(example_inputs))
     fakes = [_torch.fake_value(node) for node in binding.nodes]
     compiled = compile_inner(graph, [*example_inputs, *fakes])
-    return record.around(_StatefulGraph(compiled, gm, context, binding.inputs, anchor), anchor)
+    return record.around(_StatefulGraph(compiled, dense, gm, context, binding.inputs, anchor), anchor)
+
+
+def needs_dense_graph(device: torch.device) -> bool:
+    """Whether dense steps through our op run another kernel than a dense model; on the CPU it is the same."""
+    return device.type != "cpu"
 
 
 class _Record:
@@ -125,18 +136,21 @@ class _Record:
 class _StatefulGraph:
     """A compiled graph, called with the state of the module instance whose parameters it is called with.
 
-    Launches device work and reads none of it back.
+    Launches device work and reads none of it back. Where a pipeline tells the step, dense warm-up steps run
+    ``dense``, the graph as it came; elsewhere the op attends to all blocks in them.
     """
 
     def __init__(
         self,
         compiled: Callable[..., Any],
+        dense: Callable[..., Any] | None,
         gm: fx.GraphModule,
         context: PassContext,
         inputs: Sequence[StateInput],
         anchor: int,
     ) -> None:
-        self._compiled, self._inputs, self._anchor = compiled, tuple(inputs), anchor
+        self._compiled, self._dense = compiled, dense
+        self._inputs, self._anchor = tuple(inputs), anchor
         self._config, self._sites = context.config, context.rewritten
         self._sizes = _torch.SizeReader(gm)
         self._specs: dict[tuple[int, ...], tuple[StateSpec, ...]] = {}
@@ -149,10 +163,19 @@ class _StatefulGraph:
         )
         if self._clock_inputs is not None:
             state.clock.tick(*(args[position] for position in self._clock_inputs))
-        output = self._compiled(*args, *self._state_tensors(state))
+        if self._dense is not None and self._is_dense_step(args[self._anchor]):
+            state.count_dense_call()
+            output = self._dense(*args)
+        else:
+            output = self._compiled(*args, *self._state_tensors(state))
         if self._config.stats:
             state.record()
         return output
+
+    def _is_dense_step(self, anchor: Tensor) -> bool:
+        hook = find_hook(anchor)
+        step = hook.step if hook is not None else None
+        return step is not None and step < self._config.dense_steps
 
     def _specs_for(self, args: Sequence[Any]) -> tuple[StateSpec, ...]:
         key = self._sizes.symbols(args)

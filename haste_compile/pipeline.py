@@ -18,6 +18,7 @@ from haste_compile.explanation import Explanation, explain
 from haste_compile.loading import find_transformers
 from haste_compile.report import GraphReport, SiteRecord
 from haste_compile.state import Attachment, Statistics
+from haste_compile.step_hook import StepHook
 
 
 def optimize(
@@ -72,12 +73,14 @@ def optimize(
                 fix="Call restore() on the earlier handle, or do not compile it yourself.",
             )
     compiler = _backend(config, mode)
-    attachments = []
+    attachments: list[Attachment | StepHook] = []
     for name, transformer in transformers.items():
         backend.forget_reports(transformer)  # of an earlier handle, as are the figures
         state.reset(transformer)
         if compile == "blocks":
             attachments.append(Attachment(transformer, targets[name], config))
+        if config.dense_steps and hasattr(transformer, "cache_context"):
+            attachments.append(StepHook(transformer))
         for module in targets[name]:
             module.compile(backend=compiler, dynamic=dynamic)
     compiled = [module for modules in targets.values() for module in modules]
@@ -98,7 +101,7 @@ class Handle:
         config: HasteConfig,
         transformers: dict[str, nn.Module],
         compiled: list[nn.Module],
-        attachments: list[Attachment],
+        attachments: list[Attachment | StepHook],
     ) -> None:
         self.config, self.transformers = config, transformers
         self._target, self._compiled, self._attachments = target, compiled, attachments

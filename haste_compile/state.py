@@ -152,6 +152,20 @@ class HasteState(nn.Module):
         """[S, B, H, 8] of every site, on the host."""
         return [self.tensor(i, "counters").cpu() for i in range(len(self.specs))]
 
+    def count_dense_call(self) -> None:
+        """Count a call that ran dense without the ops, as they count a dense step of their own."""
+        slot, epoch = self.clock.ctl[Ctl.SLOT].reshape(1).long(), self.clock.ctl[Ctl.EPOCH].long()
+        for i, spec in enumerate(self.specs):
+            counters = self.tensor(i, "counters")
+            row = counters.index_select(0, slot)
+            same_video = (row[..., Counter.SEEN] == epoch).long()
+            for column in (Counter.AGE, Counter.REFRESHES, Counter.CALLS, Counter.KEPT_SUM):
+                row[..., column] *= same_video
+            row[..., Counter.SEEN] = epoch
+            row[..., Counter.CALLS] += 1
+            row[..., Counter.KEPT_SUM] += spec.N**2
+            counters.index_copy_(0, slot, row)
+
     def record(self) -> None:
         """Remember the counters after a call; copies on the device, reads nothing back."""
         counters = [self.tensor(i, "counters").clone() for i in range(len(self.specs))]

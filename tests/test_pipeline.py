@@ -10,11 +10,11 @@ import pytest
 import tiny_wan
 import torch
 
-from haste_compile import _torch
+from haste_compile import _torch, backend
 from haste_compile.errors import OptionError, StateError
 from haste_compile.explanation import explain
 from haste_compile.pipeline import optimize
-from haste_compile.state import states_of
+from haste_compile.state import HasteState, states_of
 
 #: Everything is computed eagerly, so that tests need no C++ compiler runs.
 OPTIONS: dict[str, Any] = {
@@ -53,6 +53,30 @@ def test_density_one_equals_dense(pipe: Any) -> None:
         full = run(pipe)
         assert handle.statistics()["transformer"].density == 1.0
     torch.testing.assert_close(full, dense, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("compile", ["whole", "blocks"])
+def test_dense_steps_run_the_dense_graph_where_the_pipeline_tells_the_step(
+    pipe: Any, compile: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the CPU our op's dense step is PyTorch's attention itself, so both ways must give the same bits."""
+    options = {**OPTIONS, "dense_steps": 2, "delta": 5.0}
+    forward = pipe.transformer.forward
+    with optimize(pipe, compile=compile, **options) as handle:
+        by_op = [run(pipe, seed=seed, steps=4) for seed in (0, 1)]
+        expected = handle.statistics()
+    torch._dynamo.reset()
+    counted: list[HasteState] = []
+    count = HasteState.count_dense_call
+    monkeypatch.setattr(HasteState, "count_dense_call", lambda self: (counted.append(self), count(self))[1])
+    monkeypatch.setattr(backend, "needs_dense_graph", lambda _device: True)
+    with optimize(pipe, compile=compile, **options) as handle:
+        by_graph = [run(pipe, seed=seed, steps=4) for seed in (0, 1)]
+        assert handle.statistics() == expected
+    graphs = 1 if compile == "whole" else tiny_wan.LAYERS
+    assert len(counted) == 2 * 2 * 2 * graphs  # videos × dense steps × branches
+    assert all(torch.equal(a, b) for a, b in zip(by_op, by_graph, strict=True))
+    assert pipe.transformer.forward == forward, "restore() takes the hook away"
 
 
 def test_sparse_differs_and_restore_brings_dense_back(pipe: Any) -> None:
