@@ -86,8 +86,8 @@ def _compile(
         logger.warning(
             "haste: no attention site was rewritten, the whole graph stays dense.\n%s", record.report
         )
-        dense = compile_inner(graph, list(example_inputs))
-        return dense if anchor is None else record.around(dense, anchor)
+        unchanged = compile_inner(graph, list(example_inputs))
+        return unchanged if anchor is None else record.around(unchanged, anchor)
     if anchor is None:
         raise StateError(
             found="a graph without parameters among its inputs",
@@ -95,7 +95,7 @@ def _compile(
             where="the haste backend",
             fix="Compile the transformer module itself.",
         )
-    dense = None
+    dense: Callable[..., Any] | None = None
     host_tells = config.dense_steps > 0 and find_hook(example_inputs[anchor]) is not None
     if host_tells and needs_dense_graph(context.rewritten[0].device):
         dense = compile_inner(_torch.copy_graph(gm), list(example_inputs))
