@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from haste_compile.errors import OptionError
+from haste_compile.explanation import TEXT_TOKENS
 from haste_compile.loading import NANO_WAN, import_optional
 
 
@@ -115,6 +116,7 @@ def generate(pipe: Any, request: Request, on_step: Callable[[int], None]) -> Gen
             prompt=request.prompt,
             negative_prompt=request.negative_prompt,
             do_classifier_free_guidance=cfg,
+            max_sequence_length=TEXT_TOKENS,
             device=device,
         )
     seconds: list[float] = []
