@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 import shlex
 import sys
@@ -152,3 +153,21 @@ def test_links_lead_somewhere() -> None:
     targets = [target for target in re.findall(r"\]\(([^)]+)\)", README) if "://" not in target]
     assert targets
     assert [target for target in targets if not (ROOT / target).exists()] == []
+
+
+def test_demo_figures_are_the_recorded_run() -> None:
+    recorded = json.loads((ROOT / "benchmarks/results/demo-cpu.json").read_text(encoding="utf-8"))
+    assert all(recorded["checks"].values())
+    section = README.split("## Measured")[1].split("## Errors")[0]
+    for figure in (
+        f"torch {recorded['versions']['torch']}",
+        f"{recorded['steps']} steps",
+        f"{recorded['tokens']:,} tokens",
+        f"Density {recorded['density']:.1%}",
+        f"{recorded['refresh_rate']:.1%}",
+        f"PSNR {recorded['psnr_db']:.2f} dB",
+        f"SSIM {recorded['ssim']:.4f}",
+        f"{recorded['dense_seconds']:.1f} s dense",
+        f"{recorded['haste_seconds']:.1f} s sparse",
+    ):
+        assert figure in section
