@@ -66,10 +66,10 @@ NANO_REQUEST = Request(
     frames=33,
 )
 #: Options for the embedded model's 2,304 tokens: blocks of 64 leave 36 to choose from. The others were chosen
-#: with `python -m benchmarks.drift_threshold --top-p 0.95 -o dense_steps=2`. The paper's δ = 30 is a raw L1
-#: norm for heads of 128 features and another scale; here most heads drift by less than 3 in a step, and 30
-#: would hardly ever rebuild a mask. 4 is the largest round δ whose PSNR is still that of a rebuild in every
-#: step. Dense steps, in which the video's layout is decided, are worth more than a higher top_p.
+#: on the demo's own prompt, with `python -m benchmarks.drift_threshold --top-p 0.95 -o dense_steps=2`. The
+#: paper's δ = 30 is a raw L1 norm for heads of 128 features and another scale; here most heads drift by less
+#: than 3 in a step, and 30 would hardly ever rebuild a mask. Up to 4, the PSNR is that of a rebuild in every
+#: step. top_p 0.9 without dense steps falls short of 25 dB.
 NANO_OPTIONS: dict[str, Any] = {
     "block_size": 64,
     "stride": 16,
