@@ -112,7 +112,14 @@ def _run_dense(pipe: Any, request: Request, progress: Progress) -> Generation:
     for transformer in transformers:
         transformer.compile(backend="inductor", dynamic=False)
     try:
-        _warm_up(pipe, request, "compiling the dense run", progress, on_step=lambda step: None)
+        _warm_up(
+            pipe,
+            request,
+            "compiling the dense run",
+            progress,
+            steps=_WARM_UP_STEPS,
+            on_step=lambda step: None,
+        )
         return generate(
             pipe, request, lambda step: progress("generating with dense attention", step + 1, request.steps)
         )
@@ -138,7 +145,9 @@ def _run_haste(pipe: Any, request: Request, handle: Handle, progress: Progress) 
         refreshes.append((new_refreshes - old_refreshes) / max(new_calls - old_calls, 1))
         progress("generating with HASTE", step + 1, request.steps)
 
-    _warm_up(pipe, request, "compiling the HASTE run", progress, on_step=after_warm_up_step)
+    # Past the dense steps, so that the sparse kernels are compiled before the clock runs.
+    steps = _WARM_UP_STEPS + handle.config.dense_steps
+    _warm_up(pipe, request, "compiling the HASTE run", progress, steps=steps, on_step=after_warm_up_step)
     handle.reset()
     generation = generate(pipe, request, after_step)
     return _HasteRun(
@@ -151,15 +160,15 @@ def _run_haste(pipe: Any, request: Request, handle: Handle, progress: Progress) 
 
 
 def _warm_up(
-    pipe: Any, request: Request, what: str, progress: Progress, *, on_step: Callable[[int], None]
+    pipe: Any, request: Request, what: str, progress: Progress, *, steps: int, on_step: Callable[[int], None]
 ) -> None:
-    progress(what, 0, _WARM_UP_STEPS)
+    progress(what, 0, steps)
 
     def after_step(step: int) -> None:
         on_step(step)
-        progress(what, step + 1, _WARM_UP_STEPS)
+        progress(what, step + 1, steps)
 
-    generate(pipe, dataclasses.replace(request, steps=_WARM_UP_STEPS), after_step)
+    generate(pipe, dataclasses.replace(request, steps=steps), after_step)
 
 
 def _summary(

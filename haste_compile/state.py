@@ -9,6 +9,7 @@ the buffers found to the graph as further inputs. Keys are weak: state dies with
 from __future__ import annotations
 
 import dataclasses
+import logging
 import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,6 +23,8 @@ from haste_compile.clock import Clock
 from haste_compile.config import HasteConfig, threshold_row
 from haste_compile.errors import StateError
 from haste_compile.kernels.layout import COUNTER_COLUMNS, Counter, Ctl
+
+logger = logging.getLogger(__name__)
 
 #: With ``stats=True``: how many of the latest calls are remembered.
 RECORDED_CALLS = 1000
@@ -44,7 +47,9 @@ class StateSpec:
 
 @dataclasses.dataclass(frozen=True)
 class StepStatistics:
-    """What one call of the transformer did, over all its sites and heads; recorded with ``stats=True``.
+    """What one call of a compiled graph did, over its sites and heads; recorded with ``stats=True``.
+
+    The graph is the whole transformer, or one block under regional compilation.
 
     Attributes:
         slot: the CFG branch.
@@ -290,6 +295,8 @@ def _make_state(
 ) -> HasteState:
     device = specs[0].device
     attached = _attachments.get(anchor)
+    if not sees_clock and attached is None:
+        _refuse_steps_without_clock(config)
     if sees_clock or attached is None:
         return HasteState(
             specs, config, clock=_clock_for(config, device), rows=(range(len(specs)), len(specs))
@@ -312,6 +319,20 @@ def _make_state(
             fix="Compile the whole transformer instead of its blocks.",
         )
     return HasteState(named, config, clock=attachment.clock(device), rows=((index,), attachment.blocks))
+
+
+def _refuse_steps_without_clock(config: HasteConfig) -> None:
+    if config.dense_steps or config.reuse_rule[0] == "after":
+        raise StateError(
+            found=f"dense_steps={config.dense_steps} and reuse={config.reuse!r} without a timestep",
+            wanted="a graph or an attachment that tells the denoising step",
+            where="blocks compiled one by one",
+            fix="Use haste_compile.optimize(..., compile='blocks'), or compile the whole transformer.",
+        )
+    logger.warning(
+        "haste: this graph sees neither timestep nor text, so every mask is rebuilt at every call; "
+        "haste_compile.optimize(..., compile='blocks') lets blocks reuse them"
+    )
 
 
 def path_prefix(parameter: Tensor) -> str:

@@ -16,6 +16,7 @@ from haste_compile.errors import (
     AutogradError,
     NoAttentionSitesError,
     OptionError,
+    StateError,
     ThresholdError,
     UnsupportedSiteError,
 )
@@ -147,12 +148,20 @@ class TestBlocks:
         assert found.sites == ("blocks.0.attn1", "blocks.1.attn1")
         assert found.refresh_rate < 1
 
-    def test_blocks_without_an_attachment_rebuild_every_mask(self):
+    @pytest.mark.parametrize("options", [{"dense_steps": 1}, {"reuse": "after:2"}], ids=str)
+    def test_blocks_without_an_attachment_refuse_to_count_steps(self, options: dict[str, Any]):
+        transformer = build_transformer()
+        self.compile_blocks(transformer, attach=False, **options)
+        with pytest.raises(StateError, match="compile='blocks'"):
+            run(transformer)
+
+    def test_blocks_without_an_attachment_rebuild_every_mask(self, caplog: pytest.LogCaptureFixture):
         transformer = build_transformer()
         self.compile_blocks(transformer, attach=False, delta=1e9)
         for timestep in (900.0, 800.0):
             run(transformer, timestep)
         assert statistics(transformer).refresh_rate == 1.0
+        assert "rebuilt at every call" in caplog.text
 
     def test_each_block_takes_its_row_of_thresholds(self):
         transformer = build_transformer()

@@ -117,6 +117,7 @@ def test_hold_out_prompts_are_unseen() -> None:
 
 
 def test_unseen_prompts_are_obeyed(generated: tuple[list[Prompt], Tensor, list[Tensor]]) -> None:
+    """The first two prompts of the list come out; how many of all forty do stands in the report below."""
     prompts, clips, _ = generated
     found = [hit for clip, p in zip(clips, prompts, strict=True) for hit in judge(clip, p.objects).objects]
     assert len(found) == 4
@@ -137,7 +138,7 @@ def test_heads_differ_in_density(generated: tuple[list[Prompt], Tensor, list[Ten
 
 
 def test_the_report_on_forty_prompts() -> None:
-    """Guards the level that was reached: whole prompts lie below the card's aim, as the card says."""
+    """Guards the recorded level, set after it was measured: below the card's aim, as the card says."""
     found = json.loads((NANO_WAN / REPORT).read_text())["evaluation"]
     assert found["hold_out"]["prompts"] == 40
     assert found["hold_out"]["object_success"] >= 0.75

@@ -91,6 +91,7 @@ def _figures(model: Path, report: dict[str, Any]) -> dict[str, Any]:
         "d_high": density["p95"],
         "d_ratio": density["ratio"],
         "aim": AIM,
+        "notes": report.get("notes", ""),
         "verdict": "It was reached." if hold_out["clip_success"] >= AIM else "It was not reached.",
         "failures": _failures(hold_out["failed"]),
     }
