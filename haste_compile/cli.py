@@ -55,6 +55,9 @@ _Options = Annotated[
         "--option", "-o", metavar="NAME=VALUE", help="An option of the backend: -o top_p=0.8. Repeatable."
     ),
 ]
+_Predictor = Annotated[
+    str | None, typer.Option(help="What makes the masks; the same as -o predictor=NAME. Default: xattention.")
+]
 _Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, nothing else.")]
 
 _errors = Console(stderr=True)
@@ -72,6 +75,7 @@ def demo(
     width: _Width = None,
     frames: _Frames = None,
     device: _Device = None,
+    predictor: _Predictor = None,
     option: _Options = None,
     as_json: _Json = False,
 ) -> None:
@@ -86,7 +90,7 @@ def demo(
 
     chosen = model or NANO_WAN
     request = _request(chosen, prompt, seed, steps, guidance, height, width, frames)
-    options = {**default_options(chosen), **parse_options(option or [])}
+    options = {**default_options(chosen), **_given(predictor, option)}
     with _progress() as report:
         summary = run_demo(chosen, request, options, out=out, device=pick_device(device), progress=report)
     if as_json:
@@ -111,6 +115,7 @@ def generate(
     width: _Width = None,
     frames: _Frames = None,
     device: _Device = None,
+    predictor: _Predictor = None,
     option: _Options = None,
     as_json: _Json = False,
 ) -> None:
@@ -130,10 +135,10 @@ def generate(
     chosen = model or NANO_WAN
     request = _request(chosen, prompt, seed, steps, guidance, height, width, frames)
     request = dataclasses.replace(request, image=image)
-    options = parse_options(option or [])
+    options = _given(predictor, option)
     if dense and options:
         raise OptionError(
-            found="--dense with --option",
+            found="--dense with --option or --predictor",
             wanted="one of the two",
             where="haste generate",
             fix="Drop one of them.",
@@ -171,6 +176,7 @@ def explain(
     width: _Width = None,
     frames: _Frames = None,
     device: _Device = None,
+    predictor: _Predictor = None,
     option: _Options = None,
     as_json: _Json = False,
 ) -> None:
@@ -185,7 +191,7 @@ def explain(
 
     chosen = model or NANO_WAN
     size = default_request(chosen)
-    options = {**default_options(chosen), **parse_options(option or [])}
+    options = {**default_options(chosen), **_given(predictor, option)}
     target = known_device(device)
     explanations = {}
     with _progress() as report:
@@ -244,6 +250,11 @@ def main() -> None:
         _errors.print(f"[bold red]{type(error).__name__}[/]", end=" ")
         _errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
+
+
+def _given(predictor: str | None, option: list[str] | None) -> dict[str, Any]:
+    named = [] if predictor is None else [f"predictor={predictor}"]
+    return parse_options([*named, *(option or [])])
 
 
 def _request(

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from haste_compile.errors import OptionError, ThresholdError
+from haste_compile.predictors import get_predictor
 
 #: One threshold for all heads, or one row of H values for each of the L rewritten sites, in graph order.
 Thresholds = float | tuple[tuple[float, ...], ...]
@@ -26,6 +27,7 @@ class HasteConfig:
 
     Attributes:
         preset: name in ``PRESETS`` whose values stand where the caller gave none.
+        predictor: name in ``predictors.PREDICTORS``: what makes the masks.
         top_p: mass that the kept key blocks of a row must reach, in (0, 1]; a float or an [L][H] table.
         delta: δ of temporal mask reuse, >= 0; a float or an [L][H] table. Raw L1 norm (HASTE §3, 30 for
             XAttention on Wan), or a ratio with ``relative_drift``.
@@ -47,6 +49,7 @@ class HasteConfig:
     """
 
     preset: str = "haste-v1"
+    predictor: str = "xattention"
     top_p: Thresholds = 0.9
     delta: Thresholds = 30.0
     relative_drift: bool = False
@@ -65,6 +68,7 @@ class HasteConfig:
 
     def __post_init__(self) -> None:
         _choice("preset", self.preset, tuple(PRESETS))
+        get_predictor(self.predictor)
         _choice("block_size", self.block_size, (64, 128))
         _choice("stride", self.stride, (4, 8, 16, 32))
         _choice("inner", self.inner, ("inductor", "aot_eager", "eager"))
@@ -88,7 +92,9 @@ class HasteConfig:
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | None) -> HasteConfig:
-        """Build a config from ``torch.compile``'s options dict: the preset's values, then the caller's.
+        """Build a config from ``torch.compile``'s options dict: the caller's values, then the preset's.
+
+        Where neither gives one, a predictor may have a default of its own.
 
         Raises:
             OptionError: an unknown name or a bad value; the nearest known name is offered.
@@ -106,7 +112,8 @@ class HasteConfig:
                 )
         preset = given.get("preset", cls.preset)
         _choice("preset", preset, tuple(PRESETS))
-        values = {**PRESETS[preset], **given}
+        predictor = get_predictor(given.get("predictor", cls.predictor))
+        values = {**predictor.defaults, **PRESETS[preset], **given}
         for name in ("top_p", "delta"):
             if name in values:
                 values[name] = _freeze_table(name, values[name])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from haste_compile import _torch
 from haste_compile.config import HasteConfig
 from haste_compile.loading import find_transformers
 from haste_compile.passes import check_eligibility, find_attention_sites
-from haste_compile.passes.base import FIELDS, PassContext, PlaceholderBinding, state_layout
+from haste_compile.passes.base import PassContext, PlaceholderBinding
 from haste_compile.report import GraphReport
 
 #: Pixels and frames for one latent position of Wan 2.1's VAE, used where no VAE is at hand.
@@ -32,8 +31,8 @@ class Explanation:
     Attributes:
         report: every attention site and its fate; "rewritten" means that it would be.
         tokens: video tokens N of a rewritten site; 0 if none is rewritten.
-        blocks: blocks of queries, and of keys.
-        state_bytes: memory of masks, anchors and counters.
+        blocks, key_blocks: rows and columns of a mask.
+        state_bytes: memory of thresholds, masks and all else that is kept from call to call.
         flops: floating-point operations of one forward, matrix products and convolutions only.
         attention_flops: the part of ``flops`` in the sites that would be rewritten.
     """
@@ -41,6 +40,7 @@ class Explanation:
     report: GraphReport
     tokens: int
     blocks: int
+    key_blocks: int
     state_bytes: int
     flops: int
     attention_flops: int
@@ -62,6 +62,7 @@ class Explanation:
             "report": self.report.to_dict(),
             "tokens": self.tokens,
             "blocks": self.blocks,
+            "key_blocks": self.key_blocks,
             "state_bytes": self.state_bytes,
             "flops": self.flops,
             "attention_share": self.attention_share,
@@ -70,11 +71,13 @@ class Explanation:
 
     def __str__(self) -> str:
         ceilings = ", ".join(f"{self.ceiling(rest):.2f}× at density {rest:g}" for rest in (0.5, 0.25, 0.0))
+        square = self.blocks == self.key_blocks
+        blocks = f"{self.blocks:,}" if square else f"{self.blocks:,} × {self.key_blocks:,}"
         memory = f"{self.state_bytes / 2**20:.1f} MiB"
         return "\n".join(
             [
                 str(self.report),
-                f"tokens {self.tokens:,} in {self.blocks:,} blocks; mask state {memory}",
+                f"tokens {self.tokens:,} in {blocks} blocks; mask state {memory}",
                 f"{self.flops / 1e12:.3g} TFLOP a forward, {self.attention_share:.0%} of it in these sites: "
                 f"at most {ceilings}",
             ]
@@ -135,15 +138,17 @@ def _explain(
     check_eligibility(graph, context)
     eligible = [site for site in context.sites if site.status == "eligible"]
     tensors = {
-        (None if field == "ctl" else site.index, field): state_layout(field, site, config)
+        (None if field == "ctl" else site.index, field): layout
         for site in eligible
-        for field in FIELDS
+        for field, layout in context.layouts(site).items()
     }
     tokens = max((int(site.shape[2]) for site in eligible), default=0)
+    blocks, key_blocks = map(int, context.predictor.blocks(tokens, config))
     return Explanation(
         report=_in_prospect(GraphReport.from_context(context)),
         tokens=tokens,
-        blocks=-(-tokens // config.block_size),
+        blocks=blocks,
+        key_blocks=key_blocks,
         state_bytes=sum(math.prod(map(int, shape)) * dtype.itemsize for shape, dtype in tensors.values()),
         flops=sum(_flops(node) for node in graph.graph.nodes),
         attention_flops=sum(_flops(site.node) for site in eligible),
@@ -183,13 +188,8 @@ def trace(transformer: nn.Module, inputs: dict[str, Any]) -> fx.GraphModule:
         fakes = [_torch.fake_value(node) for node in output.args[0]]
         return lambda *_args: tuple(torch.zeros(f.shape, dtype=f.dtype, device=f.device) for f in fakes)
 
-    def call(**keywords: Any) -> Any:
-        return transformer.forward(**keywords)
-
-    # Dynamo keeps a few graphs for each code object. A code object of its own leaves the transformer's alone.
-    own = types.FunctionType(call.__code__.replace(), call.__globals__, closure=call.__closure__)
     with torch.no_grad():
-        torch.compile(own, backend=capture, fullgraph=True, dynamic=False)(**inputs)
+        torch.compile(transformer.forward, backend=capture, fullgraph=True, dynamic=False)(**inputs)
     return captured[0]
 
 

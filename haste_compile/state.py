@@ -22,7 +22,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 from haste_compile.clock import Clock
 from haste_compile.config import HasteConfig, threshold_row
 from haste_compile.errors import StateError
-from haste_compile.kernels.layout import COUNTER_COLUMNS, Counter, Ctl
+from haste_compile.kernels.layout import Counter, Ctl
+from haste_compile.predictors import get_predictor
+from haste_compile.predictors.base import THRESHOLDS, site_layouts
 
 logger = logging.getLogger(__name__)
 
@@ -40,9 +42,6 @@ class StateSpec:
     N: int
     D: int
     device: torch.device
-
-    def blocks(self, block: int) -> int:
-        return -(-self.N // block)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +98,7 @@ class HasteState(nn.Module):
     """Thresholds and mask cache of the sites of one graph, for one transformer instance.
 
     Every buffer has at least two elements (AOTInductor folds one-element buffers as constants) and keeps its
-    address for life (CUDA graphs). Shapes stand in ``haste_compile.kernels.ops``.
+    address for life (CUDA graphs). Their shapes are the predictor's to say.
 
     Args:
         specs: one for each rewritten site, in graph order.
@@ -125,20 +124,14 @@ class HasteState(nn.Module):
         indices, total = rows
         with torch.inference_mode(False):
             for i, (spec, row) in enumerate(zip(self.specs, indices, strict=True)):
-                blocks = spec.blocks(config.block_size)
-                leading = (config.slots, spec.B, spec.H)
-
-                def zeros(*shape: int, dtype: torch.dtype, device: torch.device = spec.device) -> Tensor:
-                    return torch.zeros(shape, dtype=dtype, device=device)
-
-                buffers = {
-                    "top_p": _heads("top_p", config.top_p, row, total, spec),
-                    "delta": _heads("delta", config.delta, row, total, spec),
-                    "mask": zeros(*leading, blocks, -(-blocks // 32), dtype=torch.int32),
-                    "anchors": zeros(*leading, 2, spec.D, dtype=torch.float32),
-                    "counters": zeros(*leading, COUNTER_COLUMNS, dtype=torch.int64),
-                }
-                for field, tensor in buffers.items():
+                shape = (spec.B, spec.H, spec.N, spec.D)
+                layouts = site_layouts(get_predictor(config.predictor), shape, config)
+                del layouts["ctl"]  # the clock's
+                for field, (size, dtype) in layouts.items():
+                    if field in THRESHOLDS:
+                        tensor = _heads(field, getattr(config, field), row, total, spec)
+                    else:
+                        tensor = torch.zeros(tuple(map(int, size)), dtype=dtype, device=spec.device)
                     self.register_buffer(f"{field}_{i}", tensor, persistent=False)
 
     def tensor(self, site: int | None, field: str) -> Tensor:
@@ -146,9 +139,9 @@ class HasteState(nn.Module):
         return self.clock.ctl if field == "ctl" else self.get_buffer(f"{field}_{site}")
 
     def reset(self) -> None:
-        """Forget every mask, anchor and count; thresholds stay."""
+        """Forget every mask, all that it was made from, and every count; thresholds stay."""
         for name, buffer in self.named_buffers(recurse=False):
-            if name.startswith(("mask", "anchors", "counters")):
+            if name.rpartition("_")[0] not in THRESHOLDS:
                 buffer.zero_()
         self._records.clear()
         self.clock.reset()

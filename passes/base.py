@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, Protocol, TypeAlias
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, fx
 
-import haste_compile.kernels.ops  # noqa: F401  (defines torch.ops.haste)
 from haste_compile import _torch
 from haste_compile.config import HasteConfig, threshold_row
-from haste_compile.kernels.layout import COUNTER_COLUMNS, CTL_COLUMNS, Ctl
-
-Size: TypeAlias = "int | torch.SymInt"
-Layout: TypeAlias = tuple[tuple[Size, ...], torch.dtype]
-
-REFRESH = torch.ops.haste.refresh_mask_.default
-ATTENTION = torch.ops.haste.block_sparse_attention.default
-
-#: The state of a site, in the order it enters the graph. ``ctl`` is one for all sites.
-FIELDS = ("ctl", "top_p", "delta", "mask", "anchors", "counters")
-
-#: The option that fills a threshold field.
-THRESHOLD_OPTIONS = {"top_p": "top_p", "delta": "delta"}
+from haste_compile.kernels.layout import Ctl
+from haste_compile.predictors import Predictor, get_predictor
+from haste_compile.predictors.base import THRESHOLDS, Layout, Size, site_layouts
 
 
 @dataclasses.dataclass(eq=False)
@@ -115,8 +104,16 @@ class PassContext:
     sites: list[AttentionSite] = dataclasses.field(default_factory=list)
 
     @property
+    def predictor(self) -> Predictor:
+        return get_predictor(self.config.predictor)
+
+    @property
     def rewritten(self) -> list[AttentionSite]:
         return [site for site in self.sites if site.status == "rewritten"]
+
+    def layouts(self, site: AttentionSite) -> dict[str, Layout]:
+        """Shape and dtype of every state tensor of a site, in the order they enter the graph."""
+        return site_layouts(self.predictor, site.shape, self.config)
 
 
 class StateBinding(Protocol):
@@ -162,7 +159,7 @@ class PlaceholderBinding:
         wanted = StateInput.of(site, field)
         if wanted in self.inputs:
             return self.nodes[self.inputs.index(wanted)]
-        shape, dtype = state_layout(field, site, ctx.config)
+        shape, dtype = ctx.layouts(site)[field]
         node = _torch.append_static_input(gm, wanted.name, _torch.empty_fake(site.query, shape, dtype))
         self.inputs.append(wanted)
         self.nodes.append(node)
@@ -194,29 +191,11 @@ class BufferBinding:
             gm.register_buffer(wanted.name, _initial_state(ctx, site, field))
             with gm.graph.inserting_before(site.inserted[0]):
                 node = gm.graph.get_attr(wanted.name)
-            shape, dtype = state_layout(field, site, ctx.config)
+            shape, dtype = ctx.layouts(site)[field]
             _torch.set_fake_value(node, _torch.empty_fake(site.query, shape, dtype), "export")
             self._nodes[wanted] = node
             self.inputs.append(wanted)
         return self._nodes[wanted]
-
-
-def state_layout(field: str, site: AttentionSite, config: HasteConfig) -> Layout:
-    """Shape and dtype of one state tensor of a site, as the ops want it."""
-    batch, heads, tokens, dim = site.shape
-    blocks = -(-tokens // config.block_size)
-    # AOTInductor folds mutable buffers of one element as constants: thresholds have two even for one head.
-    thresholds = heads if _torch.guarded(heads > 1) else 2
-    leading = (config.slots, batch, heads)
-    layouts: dict[str, Layout] = {
-        "ctl": ((CTL_COLUMNS,), torch.int32),
-        "top_p": ((thresholds,), torch.float32),
-        "delta": ((thresholds,), torch.float32),
-        "mask": ((*leading, blocks, -(-blocks // 32)), torch.int32),
-        "anchors": ((*leading, 2, dim), torch.float32),
-        "counters": ((*leading, COUNTER_COLUMNS), torch.int64),
-    }
-    return layouts[field]
 
 
 def same_layout(a: Tensor, b: Tensor) -> bool:
@@ -229,13 +208,12 @@ def same_layout(a: Tensor, b: Tensor) -> bool:
 
 
 def _initial_state(ctx: PassContext, site: AttentionSite, field: str) -> Tensor:
-    shape, dtype = state_layout(field, site, ctx.config)
+    shape, dtype = ctx.layouts(site)[field]
     tensor = torch.zeros([int(size) for size in shape], dtype=dtype, device=site.device)
     if field == "ctl":
         tensor[Ctl.EPOCH] = 1
-    elif field in THRESHOLD_OPTIONS and site.index is not None:
-        option = THRESHOLD_OPTIONS[field]
+    elif field in THRESHOLDS and site.index is not None:
         heads = int(site.shape[1])
-        row = threshold_row(option, getattr(ctx.config, option), site.index, len(ctx.rewritten), heads)
+        row = threshold_row(field, getattr(ctx.config, field), site.index, len(ctx.rewritten), heads)
         tensor[:heads] = torch.tensor(row)
     return tensor

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from haste_compile import _torch
-from haste_compile.passes.base import FIELDS, PassContext
+from haste_compile.passes.base import PassContext
 from haste_compile.passes.rewrite_self_attention import unbound_state
 
 
@@ -27,7 +27,7 @@ def bind_state(gm: fx.GraphModule, ctx: PassContext) -> None:
     """
     unbound = {node.args: node for node in gm.graph.find_nodes(op="call_function", target=unbound_state)}
     for site in ctx.rewritten:
-        for field in FIELDS:
+        for field in ctx.layouts(site):
             name = unbound[site.index, field]
             name.replace_all_uses_with(ctx.binding.bind(gm, ctx, site, field))
             gm.graph.erase_node(name)

@@ -93,10 +93,7 @@ def _why_not_tokens(tokens: int | torch.SymInt, ctx: PassContext) -> str | None:
     # For a symbolic count this guards the graph: a smaller video compiles anew and stays dense.
     if not guarded(tokens >= ctx.config.min_tokens):
         return f"{tokens} tokens, fewer than min_tokens={ctx.config.min_tokens}"
-    # One block has nothing to skip (and its mask could be a single word, which AOTInductor would fold away).
-    if not guarded(tokens > ctx.config.block_size):
-        return f"{tokens} tokens are a single block of {ctx.config.block_size}"
-    return None
+    return ctx.predictor.why_not(tokens, ctx.config)
 
 
 def _check_dense_layers(config: HasteConfig, sites: int) -> None:

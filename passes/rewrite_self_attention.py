@@ -7,19 +7,15 @@ import operator
 import torch
 from torch import Tensor, fx
 
-from haste_compile.config import HasteConfig
 from haste_compile.errors import GraphContractError
-from haste_compile.passes.base import ATTENTION, FIELDS, REFRESH, AttentionSite, PassContext, same_layout
-
-#: The op's name for each rule of ``HasteConfig.reuse``; "after:k" has the clock force the first k steps.
-RULES = {"tmr": "drift", "never": "never", "always": "freeze", "interval": "interval", "after": "freeze"}
+from haste_compile.passes.base import AttentionSite, PassContext, same_layout
 
 
 def rewrite_self_attention(gm: fx.GraphModule, ctx: PassContext) -> None:
-    """Insert the two haste ops at every eligible site and give their output to the users of the old node.
+    """Insert the predictor's two ops at every eligible site; users of the old node get their output.
 
     Two ops and not one: attention stays pure, so it can be traced with gradients on, and the one mutation is
-    where a compiler can see it. State is named here and supplied by the next pass.
+    where a compiler can see it. State is named here and supplied by the next pass. With XAttention:
 
     Before:
         out = scaled_dot_product_attention(q, k, v)
@@ -38,7 +34,7 @@ def rewrite_self_attention(gm: fx.GraphModule, ctx: PassContext) -> None:
     for site in ctx.sites:
         if site.status == "eligible":
             with gm.graph.inserting_before(site.node):
-                site.inserted = _insert(gm.graph, site, ctx.config)
+                site.inserted = _insert(gm.graph, site, ctx)
             for node in site.inserted:
                 for key in ("nn_module_stack", "stack_trace"):
                     if key in site.node.meta:
@@ -61,33 +57,26 @@ def unbound_state(site: int, field: str) -> Tensor:
     )
 
 
-def _insert(graph: fx.Graph, site: AttentionSite, config: HasteConfig) -> tuple[fx.Node, ...]:
-    i, (rule, k) = site.index, config.reuse_rule
+def _insert(graph: fx.Graph, site: AttentionSite, ctx: PassContext) -> tuple[fx.Node, ...]:
+    i = site.index
+    refreshing = ctx.predictor.refresh(ctx.config, site.scale)
+    attending = ctx.predictor.attention(ctx.config, site.scale)
     state = {
         field: graph.create_node("call_function", unbound_state, (i, field), name=f"unbound_{i}_{field}")
-        for field in FIELDS
+        for field in ctx.layouts(site)
     }
     refresh = graph.create_node(
         "call_function",
-        REFRESH,
-        (site.q, site.k, *(state[f] for f in ("top_p", "delta", "ctl", "mask", "anchors", "counters"))),
-        {
-            "block": config.block_size,
-            "stride": config.stride,
-            "reuse": RULES[rule],
-            "interval": k if rule == "interval" else 0,
-            "max_age": config.max_age,
-            "gate_low": config.gate[0],
-            "gate_high": config.gate[1],
-            "relative": config.relative_drift,
-        },
+        refreshing.op,
+        (site.q, site.k, *(state[field] for field in refreshing.fields)),
+        refreshing.options,
         name=f"haste_{i}_refresh",
     )
     attention = graph.create_node(
         "call_function",
-        ATTENTION,
-        (site.q, site.k, site.v, state["mask"], state["ctl"]),
-        {"block": config.block_size, "scale": site.scale},
+        attending.op,
+        (site.q, site.k, site.v, *(state[field] for field in attending.fields)),
+        attending.options,
         name=f"haste_{i}_attention",
     )
     out = graph.create_node("call_function", operator.getitem, (attention, 0), name=f"haste_{i}_out")

@@ -24,20 +24,9 @@ from torch import Tensor, fx
 
 from haste_compile import _torch
 from haste_compile.errors import GraphContractError
-from haste_compile.passes.base import (
-    ATTENTION,
-    REFRESH,
-    AttentionSite,
-    PassContext,
-    PlaceholderBinding,
-    same_layout,
-)
+from haste_compile.passes.base import AttentionSite, PassContext, PlaceholderBinding, same_layout
 from haste_compile.passes.rewrite_self_attention import unbound_state
-
-# Positions of the state operands in the two ops' arguments.
-_REFRESH_STATE = {"top_p": 2, "delta": 3, "ctl": 4, "mask": 5, "anchors": 6, "counters": 7}
-_ATTENTION_STATE = {"mask": 3, "ctl": 4}
-_MUTATED = ("mask", "anchors", "counters")
+from haste_compile.predictors.base import OpCall
 
 
 def verify_graph(gm: fx.GraphModule, ctx: PassContext) -> None:
@@ -84,7 +73,8 @@ def dense_attention_matches(gm: fx.GraphModule, ctx: PassContext) -> Iterator[st
 
 
 def ops_are_paired(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
-    found = [node for node in gm.graph.nodes if node.target in (REFRESH, ATTENTION)]
+    ops = {call.op for site in ctx.rewritten for call in _calls(site, ctx)}
+    found = [node for node in gm.graph.nodes if node.target in ops]
     wanted = [node for site in ctx.rewritten for node in site.inserted[:2]]
     if found != wanted:
         yield f"ops are {_names(found)} instead of {_names(wanted)}"
@@ -95,10 +85,11 @@ def pairs_agree(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
         refresh, attention = site.inserted[:2]
         if refresh.args[:2] != attention.args[:2]:
             yield f"{site.label} refreshes for {refresh.args[:2]} and attends with {attention.args[:2]}"
-        for field, position in _ATTENTION_STATE.items():
-            if _operand(site, field) is not attention.args[position]:
+        operands = _operands(site, ctx)
+        for field, node in zip(_calls(site, ctx)[1].fields, attention.args[3:], strict=True):
+            if operands[field] is not node:
                 yield f"{site.label} has two tensors for {field}"
-    clocks = {_operand(site, "ctl") for site in ctx.rewritten}
+    clocks = {_operands(site, ctx)["ctl"] for site in ctx.rewritten}
     if len(clocks) > 1:
         yield f"{len(clocks)} different ctl tensors"
 
@@ -107,18 +98,17 @@ def state_is_bound(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
     for node in gm.graph.find_nodes(op="call_function", target=unbound_state):
         yield f"{node.name} has no tensor"
     for site in ctx.rewritten:
-        for field in _REFRESH_STATE:
-            node = _operand(site, field)
+        for field, node in _operands(site, ctx).items():
             if node.op not in ("placeholder", "get_attr"):
                 yield f"{field} of {site.label} is computed by {node.name}"
 
 
 def state_is_mutated_once(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
-    operands = Counter(_operand(site, field) for site in ctx.rewritten for field in _MUTATED)
+    operands = Counter(node for site in ctx.rewritten for node in _mutated(site, ctx).values())
     yield from (f"{node.name} is mutated {count} times" for node, count in operands.items() if count > 1)
     for site in ctx.rewritten:
-        for field in _MUTATED:
-            strangers = set(_operand(site, field).users) - set(site.inserted[:2])
+        for field, node in _mutated(site, ctx).items():
+            strangers = set(node.users) - set(site.inserted[:2])
             if strangers:
                 yield f"{field} of {site.label} is also used by {_names(strangers)}"
 
@@ -143,8 +133,23 @@ def outputs_keep_their_layout(gm: fx.GraphModule, ctx: PassContext) -> Iterator[
             yield f"{site.label} gives {_layout(out)}, not {_layout(expected)}"
 
 
-def _operand(site: AttentionSite, field: str) -> fx.Node:
-    return cast(fx.Node, site.inserted[0].args[_REFRESH_STATE[field]])
+def _calls(site: AttentionSite, ctx: PassContext) -> tuple[OpCall, OpCall]:
+    """The refresh and the attention that the predictor asked for."""
+    return ctx.predictor.refresh(ctx.config, site.scale), ctx.predictor.attention(ctx.config, site.scale)
+
+
+def _operands(site: AttentionSite, ctx: PassContext) -> dict[str, fx.Node]:
+    """State operands of the refresh: they follow q and k."""
+    fields = _calls(site, ctx)[0].fields
+    return dict(zip(fields, cast(tuple[fx.Node, ...], site.inserted[0].args[2:]), strict=True))
+
+
+def _mutated(site: AttentionSite, ctx: PassContext) -> dict[str, fx.Node]:
+    """The operands that the refresh writes to, by its schema."""
+    call = _calls(site, ctx)[0]
+    written = [a.alias_info is not None and a.alias_info.is_write for a in call.op._schema.arguments[2:]]
+    operands = _operands(site, ctx)
+    return {field: operands[field] for field, write in zip(call.fields, written, strict=False) if write}
 
 
 def _names(nodes: Iterable[fx.Node]) -> str:

@@ -15,8 +15,8 @@ from haste_compile import _torch
 from haste_compile.config import HasteConfig
 from haste_compile.errors import GraphContractError
 from haste_compile.kernels.layout import Counter
-from haste_compile.passes.base import ATTENTION, REFRESH
 from haste_compile.passes.rewrite_self_attention import unbound_state
+from haste_compile.predictors.xattention import ATTENTION, REFRESH
 
 aten = torch.ops.aten
 
