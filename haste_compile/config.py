@@ -41,6 +41,10 @@ class HasteConfig:
         dense_layers: indices of self-attention sites, in graph order, that stay dense.
         block_size: tokens a block, 64 or 128.
         stride: s of XAttention's antidiagonals: 4, 8, 16 or 32, at most ``block_size``.
+        clusters: of queries and of keys, at most, for SVG2; fewer where a video has few tokens.
+        cluster_iterations: of SVG2's k-means, at the first rebuild of a video and at later ones.
+        cluster_tolerance: k-means ends early when no centroid moves further; 0 gives up nothing.
+        cluster_floor: share of the key clusters that every query cluster keeps, in [0, 1].
         min_tokens: sites with fewer tokens stay dense.
         slots: how many CFG branches (of one or several videos) are remembered at a time.
         strict: a self-attention site that cannot be rewritten is an error.
@@ -60,6 +64,10 @@ class HasteConfig:
     dense_layers: tuple[int, ...] = ()
     block_size: int = 128
     stride: int = 16
+    clusters: tuple[int, int] = (300, 1000)
+    cluster_iterations: tuple[int, int] = (50, 2)
+    cluster_tolerance: float = 0.0
+    cluster_floor: float = 0.1
     min_tokens: int = 1024
     slots: int = 4
     strict: bool = False
@@ -76,6 +84,10 @@ class HasteConfig:
         _thresholds("delta", self.delta, low_open=False, high=math.inf)
         for name, low in (("max_age", 0), ("dense_steps", 0), ("min_tokens", 0), ("slots", 1)):
             _integer(name, getattr(self, name), low)
+        for name, low in (("clusters", 2), ("cluster_iterations", 1)):
+            _pair(name, getattr(self, name), low)
+        _number("cluster_tolerance", self.cluster_tolerance, math.inf)
+        _number("cluster_floor", self.cluster_floor, 1.0)
         for index in self.dense_layers:
             _integer("dense_layers", index, 0)
         for name in ("relative_drift", "strict", "stats"):
@@ -117,7 +129,7 @@ class HasteConfig:
         for name in ("top_p", "delta"):
             if name in values:
                 values[name] = _freeze_table(name, values[name])
-        for name in ("dense_layers", "gate"):
+        for name in ("dense_layers", "gate", "clusters", "cluster_iterations"):
             if name in values:
                 values[name] = _freeze_list(name, values[name])
         return cls(**values)
@@ -232,6 +244,20 @@ def _choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
 def _integer(name: str, value: Any, low: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
         raise _wrong(name, value, f"an integer of at least {low}")
+
+
+def _pair(name: str, value: Any, low: int) -> None:
+    whole = isinstance(value, tuple) and all(isinstance(x, int) and not isinstance(x, bool) for x in value)
+    if not whole or len(value) != 2 or min(value) < low:
+        raise _wrong(name, value, f"two integers of at least {low}")
+
+
+def _number(name: str, value: Any, high: float) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0 <= value <= high or not math.isfinite(value):
+        raise _wrong(
+            name, value, f"a number in [0, {high:g}]" if high < math.inf else "a number of at least 0"
+        )
 
 
 def _wrong(name: str, value: Any, wanted: str, kind: type[OptionError] = OptionError) -> OptionError:

@@ -13,8 +13,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from haste_compile.errors import AutogradError, InputError
-from haste_compile.kernels.layout import COUNTER_COLUMNS, CTL_COLUMNS, Counter, Ctl
+from haste_compile.errors import AutogradError
+from haste_compile.kernels.checks import bad_input, check_gate, check_heads, check_tensor, read_slot
+from haste_compile.kernels.layout import CTL_COLUMNS, Counter, Ctl
 
 __all__ = ["Counter", "Ctl", "block_sparse_attention", "refresh_mask_"]
 
@@ -132,7 +133,7 @@ def _refresh_cpu(
     from haste_compile.kernels.token_means import reference as token_means
     from haste_compile.kernels.top_p_select import reference as top_p_select
 
-    slot = _slot_cpu(ctl, mask)
+    slot = read_slot(ctl, mask)
     rebuild, new_anchors, new_counters = drift_gate.decide(
         token_means.token_means(q),
         token_means.token_means(k),
@@ -217,7 +218,7 @@ def _attention_cpu(
     _check_attention(q, k, v, mask, ctl, block)
     from haste_compile.kernels.block_sparse_attention import cpu as attention
 
-    bits = mask[_slot_cpu(ctl, mask)]
+    bits = mask[read_slot(ctl, mask)]
     if int(ctl[Ctl.DENSE]):
         bits = torch.full_like(bits, -1)
     out, lse = attention.attend(q, k, v, bits, block=block, scale=scale)
@@ -273,8 +274,8 @@ def _attention_fake(
 def _refuse_gradient(gradient: Tensor) -> Tensor:
     raise AutogradError(
         found="a backward pass",
-        wanted="inference: block-sparse attention has no gradient",
-        where="haste::block_sparse_attention",
+        wanted="inference: sparse attention has no gradient",
+        where="an attention op of haste",
         fix="Run the model under torch.no_grad() or train it without the haste backend.",
     )
 
@@ -286,13 +287,6 @@ def _refuse_gradient_fake(gradient: Tensor) -> Tensor:
 def _attention_backward(ctx: object, out_gradient: Tensor, lse_gradient: Tensor) -> tuple[Tensor | None, ...]:
     refused = torch.ops.haste.refuse_gradient(out_gradient)
     return refused, refused, refused, None, None, None, None
-
-
-def _slot_cpu(ctl: Tensor, mask: Tensor) -> int:
-    slot = int(ctl[Ctl.SLOT])
-    if not 0 <= slot < mask.shape[0]:
-        raise _bad("ctl", f"slot {slot}", f"a slot in [0, {mask.shape[0]})", "Allocate state for more slots.")
-    return slot
 
 
 def _check_refresh(
@@ -309,77 +303,26 @@ def _check_refresh(
     reuse: str,
     interval: int,
 ) -> None:
-    _check_heads({"q": q, "k": k})
+    check_heads({"q": q, "k": k})
     _check_state(q, mask, ctl, block)
-    batch, heads, _, dim = q.shape
-    slots = mask.shape[0]
-    _check_tensor("anchors", anchors, q, torch.float32, (slots, batch, heads, 2, dim))
-    _check_tensor("counters", counters, q, torch.int64, (slots, batch, heads, COUNTER_COLUMNS))
-    for name, thresholds in (("top_p", top_p), ("delta", delta)):
-        if thresholds.dim() != 1 or thresholds.shape[0] < heads:
-            wanted = f"one value for each of the {heads} heads"
-            raise _bad(
-                name, f"shape {tuple(thresholds.shape)}", wanted, "Give a vector of at least H values."
-            )
-        _check_tensor(name, thresholds, q, torch.float32, tuple(thresholds.shape))
+    check_gate(q, top_p, delta, ctl, anchors, counters, mask.shape[0], reuse, interval)
     if stride not in (4, 8, 16, 32):
-        raise _bad("stride", str(stride), "4, 8, 16 or 32", "Choose another stride.")
-    if reuse not in ("drift", "never", "freeze", "interval"):
-        raise _bad("reuse", repr(reuse), "'drift', 'never', 'freeze' or 'interval'", "Choose another rule.")
-    if reuse == "interval" and interval < 1:
-        raise _bad("interval", str(interval), "at least 1", "Say after how many calls a mask is rebuilt.")
+        raise bad_input("stride", str(stride), "4, 8, 16 or 32", "Choose another stride.")
 
 
 def _check_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, ctl: Tensor, block: int) -> None:
-    _check_heads({"q": q, "k": k, "v": v})
+    check_heads({"q": q, "k": k, "v": v})
     _check_state(q, mask, ctl, block)
-
-
-def _check_heads(tensors: dict[str, Tensor]) -> None:
-    q = tensors["q"]
-    for name, x in tensors.items():
-        if x.dim() != 4 or x.shape != q.shape or 0 in x.shape:
-            wanted = "[B, H, N, D] without an empty axis, the same for q, k and v"
-            raise _bad(name, f"shape {tuple(x.shape)}", wanted, "Only self-attention is supported.")
-        if x.dtype != q.dtype or x.device != q.device:
-            wanted = f"{q.dtype} on {q.device}, like q"
-            raise _bad(name, f"{x.dtype} on {x.device}", wanted, "Give q, k and v one dtype and device.")
-        if x.stride(3) != 1:
-            wanted = "a last axis of stride 1"
-            raise _bad(
-                name, f"strides {tuple(x.stride())}", wanted, "Call .contiguous() on the tensor first."
-            )
-    if q.shape[3] not in (64, 128):
-        raise _bad("q", f"head dim {q.shape[3]}", "64 or 128", "Leave this attention dense.")
-    dtypes = (torch.bfloat16, torch.float16) if q.is_cuda else (torch.bfloat16, torch.float16, torch.float32)
-    if q.dtype not in dtypes:
-        wanted = " or ".join(map(str, dtypes)) + f" on {q.device.type}"
-        raise _bad("q", str(q.dtype), wanted, "Run the model in a dtype that the kernels take.")
 
 
 def _check_state(q: Tensor, mask: Tensor, ctl: Tensor, block: int) -> None:
     if block not in (64, 128):
-        raise _bad("block", str(block), "64 or 128", "Choose another block size.")
+        raise bad_input("block", str(block), "64 or 128", "Choose another block size.")
     batch, heads, tokens, _ = q.shape
     blocks = -(-tokens // block)
     slots = mask.shape[0] if mask.dim() == 5 else 1
-    _check_tensor("mask", mask, q, torch.int32, (slots, batch, heads, blocks, -(-blocks // 32)))
-    _check_tensor("ctl", ctl, q, torch.int32, (CTL_COLUMNS,))
-
-
-def _check_tensor(name: str, x: Tensor, q: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    if tuple(x.shape) != shape:
-        fix = "Allocate the state for this batch, head count and number of tokens."
-        raise _bad(name, f"shape {tuple(x.shape)}", f"{shape}", fix)
-    if x.dtype != dtype or x.device != q.device:
-        wanted = f"{dtype} on {q.device}"
-        raise _bad(name, f"{x.dtype} on {x.device}", wanted, "Allocate the state where the model runs.")
-    if not x.is_contiguous():
-        raise _bad(name, f"strides {tuple(x.stride())}", "a contiguous tensor", "Call .contiguous() first.")
-
-
-def _bad(where: str, found: str, wanted: str, fix: str) -> InputError:
-    return InputError(found=found, wanted=wanted, where=f"{where} of a haste op", fix=fix)
+    check_tensor("mask", mask, q, torch.int32, (slots, batch, heads, blocks, -(-blocks // 32)))
+    check_tensor("ctl", ctl, q, torch.int32, (CTL_COLUMNS,))
 
 
 torch.library.impl("haste::refresh_mask_", "cpu", _refresh_cpu)

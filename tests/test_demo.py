@@ -25,12 +25,15 @@ STEPS = 3
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
     """One run of the command: its exit code and its folder."""
-    folder = tmp_path_factory.mktemp("demo")
+    return run_demo(tmp_path_factory.mktemp("demo"), "-o", "top_p=0.4", "-o", "delta=1000")
+
+
+def run_demo(folder: Path, *options: str) -> tuple[int, Path]:
     model = tiny_wan.save_pipeline(folder / "model")
     torch._dynamo.reset()
     arguments = ["demo", "--model", model, "--out", folder / "out", "--steps", STEPS, "--seed", 7]
     arguments += ["--prompt", "a red circle moves left", "--height", 128, "--width", 128, "--frames", 17]
-    arguments += ["-o", "block_size=64", "-o", "min_tokens=64", "-o", "top_p=0.4", "-o", "delta=1000"]
+    arguments += ["-o", "block_size=64", "-o", "min_tokens=64", *options]
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as exit_:
         patch.setattr(sys, "argv", ["haste", *map(str, arguments)])
         cli.main()
@@ -52,6 +55,17 @@ def test_writes_four_files_and_leaves_nothing_else(finished: tuple[int, Path]) -
     ]
     assert sorted(path.name for path in out.parent.iterdir()) == ["model", "out"]
     assert code == 0
+
+
+def test_the_other_host_makes_a_demo_too(tmp_path: Path) -> None:
+    code, out = run_demo(tmp_path, "--predictor", "svg2", "-o", "top_p=0.3", "-o", "delta=1000")
+    found = json.loads((out / "summary.json").read_text())
+    assert found["options"]["predictor"] == "svg2" and found["options"]["delta"] == 1000
+    assert found["sites_rewritten"] == tiny_wan.LAYERS and found["graph_breaks"] == 0
+    assert found["recompiles_after_first_step"] == 0
+    assert 0.1 < found["density"] < 0.6
+    assert found["refresh_rate"] == pytest.approx(1 / STEPS)
+    assert code == (0 if all(found["checks"].values()) else 1)
 
 
 def test_summary_says_what_was_asked(summary: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from haste_compile.state import states_of, statistics
 
 #: Reuse is on and neither always nor never taken: the tiny model's drift lies around this value.
-OPTIONS = {
+OPTIONS: dict[str, Any] = {
     "block_size": 64,
     "stride": 8,
     "min_tokens": 64,
@@ -25,6 +25,15 @@ OPTIONS = {
     "delta": 10.0,
     "inner": "eager",
 }
+
+
+@pytest.fixture(autouse=True)
+def predictor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(OPTIONS, "predictor", getattr(request, "param", "xattention"))
+
+
+#: Tests of what a predictor keeps run for each of them.
+each_predictor = pytest.mark.parametrize("predictor", ["xattention", "svg2"], indirect=True)
 
 
 @pytest.fixture(autouse=True)
@@ -75,6 +84,7 @@ def sample_video(
     return latents
 
 
+@each_predictor
 def test_the_settings_exercise_reuse_and_sparsity():
     """Guards the other tests: a model that always rebuilds, or keeps every block, would prove nothing."""
     model = compile_transformer()
@@ -84,6 +94,7 @@ def test_the_settings_exercise_reuse_and_sparsity():
     assert 0.2 < found.density < 0.95
 
 
+@each_predictor
 def test_branches_never_share_a_mask():
     """One transformer for both branches gives what two transformers, one for each, give."""
     together = sample_video(compile_transformer())
@@ -91,6 +102,7 @@ def test_branches_never_share_a_mask():
     assert torch.equal(together, apart)
 
 
+@each_predictor
 def test_branches_have_masks_of_their_own():
     model = compile_transformer()
     sample_video(model)
@@ -112,6 +124,7 @@ INTRUDERS: dict[str, dict[str, Any]] = {
 }
 
 
+@each_predictor
 @pytest.mark.parametrize("intruder", INTRUDERS.values(), ids=INTRUDERS.keys())
 def test_video_a_is_the_same_after_video_b(intruder: dict[str, Any]):
     model = compile_transformer()
@@ -123,6 +136,7 @@ def test_video_a_is_the_same_after_video_b(intruder: dict[str, Any]):
     assert torch.equal(sample_video(model), first)
 
 
+@each_predictor
 def test_video_a_is_the_same_when_b_runs_between_its_steps():
     alone = sample_video(compile_transformer())
     model = compile_transformer()
@@ -143,6 +157,7 @@ def test_video_a_is_the_same_when_b_runs_between_its_steps():
     assert torch.equal(sample_video(model, on_step=run_b), alone)
 
 
+@each_predictor
 def test_two_transformers_compiled_alike_keep_apart():
     """Dynamo's guards do not tell two instances of one class apart: they share a graph, never a mask."""
     alone = [sample_video(compile_transformer(seed)) for seed in (0, 1)]
@@ -186,6 +201,7 @@ def test_state_dies_with_its_transformer():
     assert gone() is None
 
 
+@each_predictor
 def test_two_videos_in_one_batch_are_judged_apart():
     """A batch of two equals the two alone: refresh decisions are made for each sample."""
     model = compile_transformer()

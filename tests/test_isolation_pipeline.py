@@ -32,6 +32,15 @@ class BrokenOffError(Exception):
 
 
 @pytest.fixture(autouse=True)
+def predictor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(OPTIONS, "predictor", getattr(request, "param", "xattention"))
+
+
+#: Tests of what a predictor keeps run for each of them.
+each_predictor = pytest.mark.parametrize("predictor", ["xattention", "svg2"], indirect=True)
+
+
+@pytest.fixture(autouse=True)
 def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
     yield
@@ -65,6 +74,7 @@ def break_off(_pipe: Any, step: int, _timestep: Any, tensors: dict[str, Any]) ->
     return tensors
 
 
+@each_predictor
 def test_the_settings_exercise_reuse_and_sparsity() -> None:
     pipe = compiled_pipeline()
     generate(pipe)
@@ -99,6 +109,7 @@ def test_video_a_is_the_same_after_video_b(intruder: dict[str, Any]) -> None:
     assert torch.equal(generate(pipe), first)
 
 
+@each_predictor
 def test_guidance_branches_keep_state_of_their_own() -> None:
     pipe = compiled_pipeline()
     generate(pipe)
@@ -110,6 +121,21 @@ def test_guidance_branches_keep_state_of_their_own() -> None:
     # block, since text has not touched the first block's queries yet.
     anchors = state.tensor(1, "anchors")
     assert not torch.equal(anchors[used[0]], anchors[used[1]])
+
+
+@pytest.mark.parametrize("predictor", ["svg2"], indirect=True)
+def test_clusters_of_one_video_never_reach_another() -> None:
+    pipe = compiled_pipeline()
+    first = generate(pipe)
+    generate(pipe, prompt="a blue square moves up", seed=5, width=192)
+    with pytest.raises(BrokenOffError):
+        generate(pipe, callback_on_step_end=break_off)
+    assert torch.equal(generate(pipe), first)
+    (state,) = (s for s in states_of(pipe.transformer) if s.specs[0].N == tiny_wan.TOKENS)
+    centroids = state.tensor(1, "centroids")
+    used = [slot for slot in range(centroids.shape[0]) if centroids[slot].any()]
+    assert len(used) > 1
+    assert not any(torch.equal(centroids[used[0]], centroids[slot]) for slot in used[1:])
 
 
 def after_each_step(action: Callable[[], None]) -> dict[str, Any]:
@@ -130,6 +156,7 @@ def test_two_pipelines_in_turn_equal_each_alone() -> None:
     assert len(inner) == 4 and all(torch.equal(latents, alone[1]) for latents in inner)
 
 
+@each_predictor
 def test_pipelines_that_share_a_transformer_equal_each_alone() -> None:
     """Two requests in one server: one compiled transformer, two loops with schedulers of their own."""
     first, second = compiled_pipeline(), tiny_wan.build_pipeline()

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from haste_compile.errors import OptionError
 from haste_compile.predictors.base import Predictor
+from haste_compile.predictors.svg2 import SVG2
 from haste_compile.predictors.xattention import XAttention
 
 PREDICTORS: dict[str, Predictor] = {
     "xattention": XAttention(),
+    "svg2": SVG2(),
 }
 
 

@@ -1,0 +1,1 @@
+"""Tokens sorted by cluster, stably: the permutation under which clusters are contiguous blocks."""

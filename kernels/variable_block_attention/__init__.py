@@ -1,0 +1,1 @@
+"""Attention over blocks of any size: query clusters against the key clusters that they keep."""

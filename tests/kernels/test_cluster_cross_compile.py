@@ -1,0 +1,111 @@
+"""Every kernel under SVG2, in every launch configuration, compiles for a Hopper GPU that is not here."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+pytest.importorskip("triton")
+from haste_compile.kernels.cluster_map import kernel as cluster_map  # noqa: E402
+from haste_compile.kernels.cluster_order import kernel as cluster_order  # noqa: E402
+from haste_compile.kernels.cross_compile import (  # noqa: E402
+    SHARED_MEMORY_LIMIT,
+    Request,
+    compile_all,
+    kernel_name,
+)
+from haste_compile.kernels.kmeans import kernel as kmeans  # noqa: E402
+from haste_compile.kernels.variable_block_attention import kernel as attention  # noqa: E402
+from haste_compile.kernels.variable_block_attention.launch import choose_launch  # noqa: E402
+
+
+def strides(names: str) -> dict[str, str]:
+    return {f"stride_{x}{axis}": "i32:16" for x in names for axis in "bhn"}
+
+
+def kmeans_requests(dim: int, dtype: str) -> list[Request]:
+    tiles = kmeans.choose_tiles(90, 2)
+    shared = {
+        "q": f"*{dtype}:16", "k": f"*{dtype}:16", "flags": "*i32:16", "ctl": "*i32:16", "counters": "*i64:16",
+        "shifts": "*i32:16", "centroids": "*fp32:16", "rounded": f"*{dtype}:16", "norms": "*fp32:16",
+        "labels": "*i32:16", "heads": "i32", "tokens": "i32:16", "q_clusters": "i32", "k_clusters": "i32",
+        "q_tiles": "i32", "iteration": "i32", "iterations": "i32", "limit": "fp32", **strides("qk"),
+    }  # fmt: skip
+    assign = {"D": dim, "TOKENS": tiles.tokens, "CENTROIDS": tiles.centroids, "TURNS": tiles.turns}
+    update = {"D": dim, "MEMBERS": tiles.members, "OWNED": tiles.owned}
+    launch = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+    return [
+        Request(kernel_name(kmeans.begin_kernel), shared, {"D": dim, "OWNED": 32}),
+        Request(kernel_name(kmeans.assign_kernel), shared, assign, **launch),
+        Request(kernel_name(kmeans.update_kernel), shared, update, **launch),
+    ]
+
+
+def attention_requests(dim: int, dtype: str, cluster: float) -> list[Request]:
+    launch = choose_launch((9, 0), dim=dim, itemsize=2, cluster=cluster)
+    shared = {
+        "q": f"*{dtype}:16", "k": f"*{dtype}:16", "v": f"*{dtype}:16", "out": f"*{dtype}:16",
+        "lse": "*fp32:16", "order": "*i32:16", "offsets": "*i32:16", "mask": "*i32:16", "ctl": "*i32:16",
+        "tiles": "*i32:16", "counts": "*i32:16", "lists": "*i32:16", "first": "i32", "all_heads": "i32",
+        "heads": "i32", "tokens": "i32", "q_clusters": "i32", "k_clusters": "i32", "words": "i32",
+        "most": "i32", "scale": "fp32", **strides("qkvo"),
+    }  # fmt: skip
+    tile = {"D": dim, "ROWS": launch.rows, "COLUMNS": launch.columns}
+    return [
+        Request(
+            kernel_name(attention.variable_block_attention_kernel),
+            shared,
+            tile,
+            num_warps=launch.num_warps,
+            num_stages=launch.num_stages,
+        ),
+        Request(kernel_name(attention.row_tiles_kernel), shared, {"ROWS": launch.rows, "CLUSTERS": 512}),
+        Request(kernel_name(attention.key_lists_kernel), shared, {"TILE": attention.LIST_TILE}),
+    ]
+
+
+def other_requests() -> list[Request]:
+    shared = {
+        "labels": "*i32:16", "flags": "*i32:16", "ctl": "*i32:16", "table": "*i32:16", "order": "*i32:16",
+        "offsets": "*i32:16", "centroids": "*fp32:16", "logits": "*fp32:16", "top_p": "*fp32:16",
+        "mask": "*i32:16", "counters": "*i64:16", "tokens": "i32", "chunks": "i32", "heads": "i32",
+        "q_clusters": "i32", "k_clusters": "i32", "words": "i32", "least": "i32", "scale_log2": "fp32",
+    }  # fmt: skip
+    requests = []
+    for padded in (32, 1024):
+        chunk = {"CHUNK": cluster_order.CHUNK, "CLUSTERS": padded}
+        tile = {"TILE": cluster_order.TILE}
+        warps = cluster_map.choose_warps(padded)
+        requests += [
+            Request(kernel_name(cluster_order.count_kernel), shared, chunk),
+            Request(kernel_name(cluster_order.begin_kernel), shared, {"CLUSTERS": padded}),
+            Request(kernel_name(cluster_order.place_kernel), shared, chunk | tile, num_warps=8),
+            Request(kernel_name(cluster_map.select_kernel), shared, {"CLUSTERS": padded}, num_warps=warps),
+        ]
+    for dim in (64, 128):
+        tile = {"D": dim, "FEATURES": 32, "ROWS": 32, "COLUMNS": 32}
+        requests.append(Request(kernel_name(cluster_map.logits_kernel), shared, tile))
+    return requests
+
+
+def test_every_kernel_fits_hopper_and_the_products_use_its_tensor_cores():
+    requests = [
+        *itertools.chain(*(kmeans_requests(*kind) for kind in ((128, "bf16"), (64, "fp16")))),
+        *itertools.chain(
+            *(
+                attention_requests(dim, dtype, cluster)
+                for dim, dtype, cluster in ((128, "bf16", 252), (128, "bf16", 109), (64, "fp16", 64))
+            )
+        ),
+        *other_requests(),
+    ]
+    on_tensor_cores = {
+        kernel_name(kernel)
+        for kernel in (kmeans.assign_kernel, kmeans.update_kernel, attention.variable_block_attention_kernel)
+    }
+    for request, compiled in zip(requests, compile_all(requests), strict=True):
+        assert compiled.shared <= SHARED_MEMORY_LIMIT[request.target], request
+        assert compiled.spill_bytes == 0, request
+        if request.kernel in on_tensor_cores:
+            assert "wgmma.mma_async" in compiled.ptx, request

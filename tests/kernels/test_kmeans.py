@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from clusters import begun, clustered, make_site
+from predictor import INTERPRETED, control, gpu, tokens_first
+from torch import Tensor
+
+from haste_compile.kernels.kmeans import reference
+from haste_compile.kernels.layout import Counter
+
+
+def sklearn_kmeans(x: Tensor, start: Tensor, iterations: int) -> Any:
+    """Fitted on one head [N, D] from ``start`` [C, D]; without a tolerance that would end it early."""
+    sklearn = pytest.importorskip("sklearn.cluster")
+    kind = {"n_init": 1, "max_iter": iterations, "tol": 0, "algorithm": "lloyd"}
+    return sklearn.KMeans(start.shape[0], init=start.double().numpy(), **kind).fit(x.double().numpy())
+
+
+def inertia(x: Tensor, labels: Tensor, centroids: Tensor) -> float:
+    return (x.double() - centroids.double()[labels]).square().sum().item()
+
+
+@pytest.mark.parametrize("iterations", [2, 7, 50])
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+def test_the_reference_is_scikit_learns_kmeans(iterations: int):
+    x = tokens_first(1, 3, 500, 64, torch.float64)[0].cpu()  # so shapeless that no cluster runs empty
+    start = reference.first_centroids(x, 12)
+    labels, centroids = reference.kmeans(x, start, iterations=iterations, tolerance=0.0)
+    for head in range(3):
+        theirs = sklearn_kmeans(x[head], start[head], iterations)
+        np.testing.assert_allclose(centroids[head], theirs.cluster_centers_, rtol=1e-9, atol=1e-12)
+        # Theirs are assigned once more, to the last centroids; ours are what these are the means of.
+        before = sklearn_kmeans(x[head], start[head], iterations - 1)
+        assert (labels[head].numpy() == before.labels_).all()
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+def test_inertia_of_half_precision_tokens():
+    x = clustered(1, 2, 2000, 128, torch.bfloat16)[0].cpu()
+    start = reference.first_centroids(x, 40)
+    labels, centroids = reference.kmeans(x, start, iterations=10, tolerance=0.0)
+    for head in range(2):
+        theirs = sklearn_kmeans(x[head], start[head], 10)
+        ours = inertia(x[head], labels[head], centroids[head])
+        assert ours == pytest.approx(theirs.inertia_, rel=1e-3)
+
+
+def test_the_first_centroids_are_tokens_at_even_distances():
+    x = torch.arange(100.0).reshape(1, 100, 1)
+    assert reference.first_centroids(x, 4).flatten().tolist() == [12, 37, 62, 87]
+    assert reference.first_centroids(x.half(), 100).dtype == torch.float32
+    assert torch.equal(reference.first_centroids(x, 100), x)
+
+
+def test_ties_go_to_the_lower_index_and_empty_clusters_keep_their_centroid():
+    x = torch.tensor([[[0.0], [1.0], [2.0]]])
+    start = torch.tensor([[[0.0], [2.0], [2.0], [50.0]]])
+    labels, centroids = reference.kmeans(x, start, iterations=1, tolerance=0.0)
+    assert labels.tolist() == [[0, 0, 1]]
+    assert centroids.flatten().tolist() == [0.5, 2.0, 2.0, 50.0]
+
+
+def test_without_tolerance_the_early_end_changes_nothing():
+    x = clustered(1, 4, 300, 64)[0].cpu()
+    start = reference.first_centroids(x, 9)
+    labels, centroids = reference.kmeans(x, start, iterations=60, tolerance=0.0)
+    step = start
+    for _ in range(60):
+        assigned = reference.assign(x, step)
+        step = reference.update(x, assigned, step)
+    assert torch.equal(labels, assigned) and torch.equal(centroids, step)
+
+
+def test_a_tolerance_ends_each_head_by_itself():
+    x = clustered(1, 2, 300, 64)[0].cpu()
+    x[0] *= 1e-3  # moves by next to nothing
+    start = reference.first_centroids(x, 9)
+    labels, centroids = reference.kmeans(x, start, iterations=20, tolerance=0.1)
+    once, exact = (reference.kmeans(x, start, iterations=n, tolerance=0.0) for n in (1, 20))
+    assert torch.equal(labels[0], once[0][0]) and torch.equal(centroids[0], once[1][0])
+    torch.testing.assert_close(centroids[1], exact[1][1], rtol=0, atol=0.2)
+    assert not torch.equal(centroids[1], once[1][1])
+
+
+def test_fifty_runs_give_the_same_bits():
+    x = clustered(2, 3, 400, 64).flatten(0, 1).cpu()
+    start = reference.first_centroids(x, 20)
+    first = reference.kmeans(x, start, iterations=5, tolerance=0.0)
+    for _ in range(49):
+        again = reference.kmeans(x.clone(), start.clone(), iterations=5, tolerance=0.0)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+KERNEL_CASES: list[dict[str, Any]] = [
+    {"batch": 1, "heads": 2, "tokens": 150, "clusters": (5, 37)},
+    {"batch": 2, "heads": 1, "tokens": 70, "dim": 128, "clusters": (2, 70), "dtype": torch.float16},
+]
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter; a GPU runs the real thing")
+@pytest.mark.parametrize("shape", KERNEL_CASES, ids=str)
+def test_the_kernels_cluster_as_the_reference_does(shape: dict[str, Any]):
+    check_kernels(shape, 3)
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("shape", [{}, {"tokens": 5003, "dim": 128, "clusters": (40, 300)}], ids=str)
+def test_the_compiled_kernels_cluster_as_the_reference_does(shape: dict[str, Any]):
+    check_kernels({**shape, "dtype": torch.bfloat16}, 10)
+
+
+def check_kernels(shape: dict[str, Any], iterations: int) -> None:
+    """Labels and centroids of first and later rebuilds; what is not asked for stays."""
+    from haste_compile.kernels.kmeans import kernel
+
+    site = make_site(**shape)
+    rows = site.mask.shape[3]
+    counters, flags = begun(site, slot=1)
+    flags[0, -1] = 0
+    later = counters.clone()
+    later[1, ..., Counter.REFRESHES] = 2
+    kind = {"q_clusters": rows, "first_iterations": iterations, "iterations": 1, "tolerance": 0.0}
+    wanted, ctl = site.centroids.clone(), control(slot=1).to(site.q.device)
+    for first, books in ((True, counters), (False, later)):
+        labels = kernel.cluster_(site.q, site.k, flags, ctl, books, site.centroids, **kind)
+        for b, h in flags.nonzero().tolist():
+            for side, (x, part) in enumerate(((site.q, slice(0, rows)), (site.k, slice(rows, None)))):
+                token, old = x[b, h][None], wanted[1, b, h, part][None]
+                start = reference.first_centroids(token, old.shape[1]) if first else old
+                count = iterations if first else 1
+                found, means = reference.kmeans(token, start, iterations=count, tolerance=0.0)
+                wanted[1, b, h, part] = means[0]
+                assert_alike(labels[b, h, side].long(), found[0], token[0], means[0])
+        torch.testing.assert_close(site.centroids, wanted, rtol=2e-3, atol=2e-3)
+        site.centroids.copy_(wanted)  # so that a tie does not add up
+    assert not site.centroids[0].any() and not site.centroids[1, 0, -1].any()
+
+
+def assert_alike(labels: Tensor, wanted: Tensor, x: Tensor, centroids: Tensor) -> None:
+    """Equal but for tokens that lie as far from one centroid as from the other."""
+    differing = labels != wanted
+    assert differing.float().mean() < 0.01
+    ours, theirs = (inertia(x[differing], some[differing], centroids) for some in (labels, wanted))
+    assert ours == pytest.approx(theirs, rel=1e-2)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter; a GPU runs the real thing")
+def test_a_head_that_no_longer_moves_is_left_alone():
+    from haste_compile.kernels.kmeans import kernel
+
+    site = make_site(batch=1, heads=1, tokens=40, clusters=(2, 3))
+    counters, flags = begun(site)
+    kind = {"q_clusters": 2, "iterations": 1}
+    labels = kernel.cluster_(
+        site.q, site.k, flags, control(), counters, site.centroids, first_iterations=4, tolerance=1e6, **kind
+    )
+    start = reference.first_centroids(site.q[0], 2)
+    found, means = reference.kmeans(site.q[0], start, iterations=1, tolerance=0.0)
+    assert torch.equal(labels[0, 0, 0].long(), found[0])
+    torch.testing.assert_close(site.centroids[0, 0, :, :2], means, rtol=1e-5, atol=1e-5)

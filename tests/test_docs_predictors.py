@@ -1,0 +1,54 @@
+"""docs/predictors.md: its tables are whole, its links and commands lead somewhere."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from haste_compile.config import HasteConfig
+from haste_compile.predictors import PREDICTORS
+
+ROOT = Path(__file__).parents[1]
+DOC = (ROOT / "docs/predictors.md").read_text(encoding="utf-8")
+
+#: Every command, and the test that runs it.
+RUN_ELSEWHERE = {
+    "haste demo --predictor svg2": "tests/test_demo.py, on the tiny pipeline",
+    "timeout 240 python -m benchmarks.svg2 --quick": "tests/test_benchmark_svg2.py, but for the timing",
+    "python -m benchmarks.svg2 --json benchmarks/results/svg2-h200.json": "the same",
+}
+
+
+def test_every_predictor_stands_in_the_table_with_its_delta() -> None:
+    rows = dict(re.findall(r"^\| `(\w+)`.* \| (\d+) \|$", DOC, re.M))
+    assert rows == {name: f"{HasteConfig.from_options({'predictor': name}).delta:g}" for name in PREDICTORS}
+
+
+def test_every_kernel_of_the_table_exists() -> None:
+    kernels = re.findall(r"^\| \[`(\w+)`\]\((.+?)\)", DOC, re.M)
+    assert [name for name, _ in kernels] == [
+        "kmeans",
+        "cluster_order",
+        "cluster_map",
+        "variable_block_attention",
+    ]
+    links = re.findall(r"\]\(([^)]+)\)", DOC)
+    assert [link for link in links if not (ROOT / "docs" / link).exists()] == []
+
+
+def test_commands_are_those_that_tests_run() -> None:
+    blocks = re.findall(r"^```sh\n(.*?)^```", DOC, re.M | re.S)
+    commands = [line for block in blocks for line in block.splitlines()]
+    pytest_command = next(command for command in commands if "pytest" in command)
+    assert set(commands) - {pytest_command} == set(RUN_ELSEWHERE)
+    files = [word for word in pytest_command.split() if word.startswith("tests/")]
+    assert len(files) == 5
+    for file in files:
+        assert "@pytest.mark.gpu" in (ROOT / file).read_text(encoding="utf-8"), file
+
+
+def test_clusters_and_memory_are_as_stated() -> None:
+    svg2, config = PREDICTORS["svg2"], HasteConfig(predictor="svg2")
+    assert svg2.blocks(2304, config) == (36, 144) and "get 36 and 144" in DOC
+    shape, dtype = svg2.state(2304, 64, config)["order"]
+    assert shape == (2, 2304) and 2 * dtype.itemsize == 8 and "takes 8·N bytes" in DOC
