@@ -93,12 +93,13 @@ def _store_rounded(value, row, inside, rounded, norms, D: tl.constexpr):
 
 
 @triton.jit
-def _is_active(flags, ctl, counters, shifts, head, of_keys, iteration, iterations, limit):
+def _is_active(flags, ctl, counters, shifts, head, of_keys, iteration, first_iterations, iterations, limit):
     """Whether a side of a head takes part in this iteration."""
     active = tl.load(flags + head) != 0
-    if active & (iteration >= iterations):
+    if active:
         state_head = tl.load(ctl + _SLOT).to(tl.int64) * tl.num_programs(1) + head
-        active = tl.load(counters + state_head * _COLUMNS + _REFRESHES) == 1
+        first = tl.load(counters + state_head * _COLUMNS + _REFRESHES) == 1
+        active = iteration < tl.where(first, first_iterations, iterations)
     if active & (iteration > 0):
         previous = ((iteration - 1) * tl.num_programs(1) + head) * 2 + of_keys
         active = tl.load(shifts + previous).to(tl.float32, bitcast=True) > limit
@@ -136,17 +137,22 @@ def _assign_tiles(
         tl.store(labels + row, tl.min(candidate, 1), mask=row < tokens)
 
 
-@triton.jit(do_not_specialize=["iteration", "iterations", "limit"])
+@triton.jit(do_not_specialize=["iteration", "first_iterations", "iterations"])
 def assign_kernel(
     q, k, flags, ctl, counters, shifts, rounded, norms, labels,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
-    heads, tokens, q_clusters, k_clusters, iteration, iterations, limit,
+    heads, tokens, q_clusters, k_clusters, iteration, first_iterations, iterations, limit,
     D: tl.constexpr, TOKENS: tl.constexpr, CENTROIDS: tl.constexpr, TURNS: tl.constexpr,
 ):  # fmt: skip
     """Grid (groups of token tiles, B·H, 2): nearest centroids of queries (z = 0) and keys (z = 1)."""
     head = tl.program_id(1).to(tl.int64)
     of_keys = tl.program_id(2)
-    if _is_active(flags, ctl, counters, shifts, head, of_keys, iteration, iterations, limit) == 0:
+    if (
+        _is_active(
+            flags, ctl, counters, shifts, head, of_keys, iteration, first_iterations, iterations, limit
+        )
+        == 0
+    ):
         return
     row = head * (q_clusters + k_clusters) + of_keys * q_clusters
     of_side = labels + (head * 2 + of_keys) * tokens
@@ -182,17 +188,22 @@ def _sum_members(
     return total, tl.sum(hits, 1)
 
 
-@triton.jit(do_not_specialize=["iteration", "iterations", "limit"])
+@triton.jit(do_not_specialize=["iteration", "first_iterations", "iterations"])
 def update_kernel(
     q, k, flags, ctl, counters, shifts, centroids, rounded, norms, labels,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
-    heads, tokens, q_clusters, k_clusters, q_tiles, iteration, iterations, limit,
+    heads, tokens, q_clusters, k_clusters, q_tiles, iteration, first_iterations, iterations, limit,
     D: tl.constexpr, MEMBERS: tl.constexpr, OWNED: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles of query centroids, then of key centroids; B·H): the mean of every cluster's tokens."""
     head = tl.program_id(1).to(tl.int64)
     of_keys = (tl.program_id(0) >= q_tiles).to(tl.int32)
-    if _is_active(flags, ctl, counters, shifts, head, of_keys, iteration, iterations, limit) == 0:
+    if (
+        _is_active(
+            flags, ctl, counters, shifts, head, of_keys, iteration, first_iterations, iterations, limit
+        )
+        == 0
+    ):
         return
     of_side = labels + (head * 2 + of_keys) * tokens
     cluster = (tl.program_id(0) - of_keys * q_tiles) * OWNED + tl.arange(0, OWNED)
@@ -262,12 +273,12 @@ def cluster_(
     for iteration in range(max(first_iterations, iterations)):
         assign_kernel[(triton.cdiv(tokens, tiles.tokens * tiles.turns), rows, 2)](
             q, k, flags, ctl, counters, shifts, rounded, norms, labels,
-            *sizes, iteration, iterations, tolerance**2,
+            *sizes, iteration, first_iterations, iterations, tolerance**2,
             D=dim, TOKENS=tiles.tokens, CENTROIDS=tiles.centroids, TURNS=tiles.turns, **launch,
         )  # fmt: skip
         update_kernel[(q_tiles + k_tiles, rows)](
             q, k, flags, ctl, counters, shifts, centroids, rounded, norms, labels,
-            *sizes, q_tiles, iteration, iterations, tolerance**2,
+            *sizes, q_tiles, iteration, first_iterations, iterations, tolerance**2,
             D=dim, MEMBERS=tiles.members, OWNED=tiles.owned, **launch,
         )  # fmt: skip
     return labels

@@ -30,7 +30,8 @@ def kmeans_requests(dim: int, dtype: str) -> list[Request]:
         "q": f"*{dtype}:16", "k": f"*{dtype}:16", "flags": "*i32:16", "ctl": "*i32:16", "counters": "*i64:16",
         "shifts": "*i32:16", "centroids": "*fp32:16", "rounded": f"*{dtype}:16", "norms": "*fp32:16",
         "labels": "*i32:16", "heads": "i32", "tokens": "i32:16", "q_clusters": "i32", "k_clusters": "i32",
-        "q_tiles": "i32", "iteration": "i32", "iterations": "i32", "limit": "fp32", **strides("qk"),
+        "q_tiles": "i32", "iteration": "i32", "first_iterations": "i32", "iterations": "i32",
+        "limit": "fp32", **strides("qk"),
     }  # fmt: skip
     assign = {"D": dim, "TOKENS": tiles.tokens, "CENTROIDS": tiles.centroids, "TURNS": tiles.turns}
     update = {"D": dim, "MEMBERS": tiles.members, "OWNED": tiles.owned}

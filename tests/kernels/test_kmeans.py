@@ -163,3 +163,10 @@ def test_a_head_that_no_longer_moves_is_left_alone():
     found, means = reference.kmeans(site.q[0], start, iterations=1, tolerance=0.0)
     assert torch.equal(labels[0, 0, 0].long(), found[0])
     torch.testing.assert_close(site.centroids[0, 0, :, :2], means, rtol=1e-5, atol=1e-5)
+    kernel.cluster_(
+        site.q, site.k, flags, control(slot=1), counters.flip(0), site.centroids,
+        q_clusters=2, first_iterations=1, iterations=3, tolerance=0.0,
+    )  # fmt: skip
+    torch.testing.assert_close(
+        site.centroids[1], site.centroids[0], rtol=0, atol=0
+    )  # one iteration, not three
