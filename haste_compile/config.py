@@ -7,10 +7,12 @@ import difflib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from haste_compile.errors import OptionError, ThresholdError
-from haste_compile.predictors import get_predictor
+
+if TYPE_CHECKING:
+    from haste_compile.predictors import Predictor
 
 #: One threshold for all heads, or one row of H values for each of the L rewritten sites, in graph order.
 Thresholds = float | tuple[tuple[float, ...], ...]
@@ -76,7 +78,7 @@ class HasteConfig:
 
     def __post_init__(self) -> None:
         _choice("preset", self.preset, tuple(PRESETS))
-        get_predictor(self.predictor)
+        _predictor(self.predictor)
         _choice("block_size", self.block_size, (64, 128))
         _choice("stride", self.stride, (4, 8, 16, 32))
         _choice("inner", self.inner, ("inductor", "aot_eager", "eager"))
@@ -124,7 +126,7 @@ class HasteConfig:
                 )
         preset = given.get("preset", cls.preset)
         _choice("preset", preset, tuple(PRESETS))
-        predictor = get_predictor(given.get("predictor", cls.predictor))
+        predictor = _predictor(given.get("predictor", cls.predictor))
         values = {**predictor.defaults, **PRESETS[preset], **given}
         for name in ("top_p", "delta"):
             if name in values:
@@ -177,6 +179,12 @@ def threshold_row(name: str, thresholds: Thresholds, site: int, sites: int, head
             fix="Give one row for each rewritten self-attention site, in the order explain() lists them.",
         )
     return list(thresholds[site])
+
+
+def _predictor(name: str) -> Predictor:
+    from haste_compile.predictors import get_predictor  # imports torch, which `haste --help` does without
+
+    return get_predictor(name)
 
 
 def _freeze_table(name: str, value: Any) -> Thresholds:

@@ -16,16 +16,14 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
 
 from haste_compile._torch import guarded
+from haste_compile.config import HasteConfig
 from haste_compile.kernels.layout import COUNTER_COLUMNS, CTL_COLUMNS, Counter, Ctl
-
-if TYPE_CHECKING:  # the options name a predictor, so their module imports this package
-    from haste_compile.config import HasteConfig
 
 Size: TypeAlias = "int | torch.SymInt"
 Layout: TypeAlias = tuple[tuple[Size, ...], torch.dtype]

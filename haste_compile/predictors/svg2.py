@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 
 import haste_compile.kernels.cluster_ops  # noqa: F401  (defines the ops)
 from haste_compile._torch import guarded
+from haste_compile.config import HasteConfig
 from haste_compile.predictors.base import Layout, OpCall, Predictor, Size, reuse_options
-
-if TYPE_CHECKING:
-    from haste_compile.config import HasteConfig
 
 REFRESH = torch.ops.haste.refresh_clusters_.default
 ATTENTION = torch.ops.haste.cluster_sparse_attention.default

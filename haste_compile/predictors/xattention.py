@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
 import haste_compile.kernels.ops  # noqa: F401  (defines torch.ops.haste)
 from haste_compile._torch import guarded
+from haste_compile.config import HasteConfig
 from haste_compile.predictors.base import Layout, OpCall, Predictor, Size, reuse_options
-
-if TYPE_CHECKING:
-    from haste_compile.config import HasteConfig
 
 REFRESH = torch.ops.haste.refresh_mask_.default
 ATTENTION = torch.ops.haste.block_sparse_attention.default
