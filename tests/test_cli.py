@@ -184,14 +184,12 @@ def test_explain(haste, model: Path) -> None:
 
 def test_explain_takes_a_predictor_by_name(haste, model: Path) -> None:
     code, out, _ = haste("explain", "--model", model, "--predictor", "svg2", *SMALL[:6], *OPTIONS)
-    assert code == 0 and "tokens 320 in 5 × 20 blocks" in out
+    assert code == 0 and "tokens 320 in 20 × 40 blocks" in out
     code, _, err = haste("explain", "--model", model, "--predictor", "svg9")
     assert code == 2 and "'xattention', 'svg2'" in err
 
 
 def test_the_commands_load_without_torch() -> None:
-    import subprocess
-
     code = "import sys, haste_compile.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 

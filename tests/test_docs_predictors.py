@@ -49,6 +49,6 @@ def test_commands_are_those_that_tests_run() -> None:
 
 def test_clusters_and_memory_are_as_stated() -> None:
     svg2, config = PREDICTORS["svg2"], HasteConfig(predictor="svg2")
-    assert svg2.blocks(2304, config) == (36, 144) and "get 36 and 144" in DOC
+    assert svg2.blocks(2304, config) == (144, 288) and "get 144 and 288" in DOC
     shape, dtype = svg2.state(2304, 64, config)["order"]
     assert shape == (2, 2304) and 2 * dtype.itemsize == 8 and "takes 8·N bytes" in DOC
