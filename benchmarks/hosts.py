@@ -122,11 +122,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _say("  " + ", ".join(f"{name} {value:.3f}" for name, value in point.items()))
     if args.json:
         report = {
-            "model": str(args.model),
+            "model": "nano-wan" if args.model == NANO_WAN else str(args.model),
             "requests": [{"prompt": r.prompt, "seed": r.seed} for r in requests],
             "steps": base.steps,
             "size": {"frames": base.frames, "height": base.height, "width": base.width},
-            "options": options,
+            "options": {
+                host: {name: value for name, value in own.items() if name not in ("top_p", "delta")}
+                for host, own in options.items()
+            },
             "device": doctor.device_name(device),
             "threads": torch.get_num_threads(),
             "versions": doctor.versions(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -15,6 +16,8 @@ DOC = (ROOT / "docs/predictors.md").read_text(encoding="utf-8")
 RUN_ELSEWHERE = {
     "haste demo --predictor svg2": "tests/test_demo.py, on the tiny pipeline",
     "timeout 240 python -m benchmarks.svg2 --quick": "tests/test_benchmark_svg2.py, but for the timing",
+    "python -m benchmarks.hosts --seeds 0 --frames 17 --steps 8 -o dense_steps=1 "
+    "--top-p 0.8 0.9 0.97 0.99 --deltas --json hosts.json": "tests/test_benchmark_hosts.py, in the small",
     "python -m benchmarks.svg2 --json benchmarks/results/svg2-h200.json": "the same",
 }
 
@@ -52,3 +55,19 @@ def test_clusters_and_memory_are_as_stated() -> None:
     assert svg2.blocks(2304, config) == (144, 288) and "get 144 and 288" in DOC
     shape, dtype = svg2.state(2304, 64, config)["order"]
     assert shape == (2, 2304) and 2 * dtype.itemsize == 8 and "takes 8·N bytes" in DOC
+
+
+def test_the_comparison_on_nano_wan_is_the_recorded_run() -> None:
+    recorded = json.loads((ROOT / "benchmarks/results/hosts-cpu.json").read_text(encoding="utf-8"))
+    assert list(recorded["rows"]) == ["never"] and set(recorded["rows"]["never"]) == set(PREDICTORS)
+    for host, rows in recorded["rows"]["never"].items():
+        for row in rows:
+            cells = f"| `{host}` | {row['top_p']:g} | {row['density']:.3f} | {row['psnr_mean']:.2f} |"
+            assert cells in DOC
+    points = recorded["at_equal_density"]["never"]
+    assert points
+    for point in points:
+        cells = f"| {point['density']:.3f} | {point['xattention']:.2f} | {point['svg2']:.2f} |"
+        assert cells in DOC
+    assert f"{recorded['size']['frames']} frames and {recorded['steps']} steps" in DOC
+    assert recorded["options"]["svg2"]["dense_steps"] == 1
