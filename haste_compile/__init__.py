@@ -20,6 +20,8 @@ _PUBLIC = {
     "optimize": "haste_compile.pipeline",
     "Handle": "haste_compile.pipeline",
     "explain": "haste_compile.explanation",
+    "export": "haste_compile.artifacts",
+    "load": "haste_compile.artifacts",
     "statistics": "haste_compile.state",
     "reset": "haste_compile.state",
     "HasteConfig": "haste_compile.config",

@@ -66,6 +66,21 @@ def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     return twin
 
 
+def flat_module(program: torch.export.ExportedProgram) -> fx.GraphModule:
+    """An exported program as a module that takes its tensors by position and returns a tuple of tensors.
+
+    ``ExportedProgram.module()`` unpacks nested arguments around its graph, which is flat already, and checks
+    them in a hook; both stay behind. Arguments that are no tensors were baked in: nobody uses them.
+    """
+    gm = copy_graph(cast(fx.GraphModule, program.module(check_guards=False)))
+    for node in gm.graph.find_nodes(op="placeholder"):
+        if not isinstance(fake_value(node), Tensor):
+            gm.graph.erase_node(node)
+    gm.graph.set_codegen(fx.graph.CodeGen())
+    gm.recompile()
+    return gm
+
+
 def is_fragment(gm: fx.GraphModule) -> bool:
     """Whether Dynamo broke the traced function into several graphs, of which this is one."""
     reason = getattr(gm, "compile_subgraph_reason", None)

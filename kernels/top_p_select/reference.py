@@ -7,7 +7,6 @@ from torch import Tensor
 
 from haste_compile.kernels.block_mask import pack_bits
 
-
 #: Smallest positive normal float32.
 _TINY = 2.0**-126
 

@@ -1,0 +1,214 @@
+"""A Wan transformer as a graph of tensors with explicit state: torch.export, then the passes of live graphs."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx, nn
+
+from haste_compile import _torch
+from haste_compile.artifacts.manifest import Size, TensorLayout
+from haste_compile.config import HasteConfig
+from haste_compile.errors import ArtifactError
+from haste_compile.explanation import example_inputs
+from haste_compile.kernels import functional
+from haste_compile.passes import BufferBinding, PassContext, run_passes
+from haste_compile.passes.base import ATTENTION, REFRESH, AttentionSite
+from haste_compile.report import GraphReport
+from haste_compile.state import StateSpec
+
+Form = Literal["live", "named", "plain"]
+
+#: The state tensors that change from call to call, in the order in which they enter and leave a graph.
+STATE_FIELDS = ("mask", "anchors", "counters")
+_REFRESH_MASK = torch.ops.haste.refresh_mask.default
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Captured:
+    """A traced and rewritten transformer, ready for a format to write.
+
+    Attributes:
+        size: the video size that it was traced for.
+        config: options; the thresholds are constants of the graph.
+        report: what became of every attention site.
+        specs: what each rewritten site needs state for.
+        inputs: the transformer's tensors in the order of its signature, then ``haste_ctl``.
+        state: three tensors for each site, after the inputs.
+        outputs: ``sample``.
+        examples: tensors for ``inputs`` and ``state``: zeros, and the state of a first call.
+        transformer: its class name and its config.
+        vae_scales: frames and pixels for one latent position.
+        device, dtype: where and in what it runs.
+    """
+
+    size: Size
+    config: HasteConfig
+    report: GraphReport
+    specs: tuple[StateSpec, ...]
+    inputs: tuple[TensorLayout, ...]
+    state: tuple[TensorLayout, ...]
+    outputs: tuple[TensorLayout, ...]
+    examples: tuple[Tensor, ...]
+    transformer: tuple[str, dict[str, Any]]
+    vae_scales: tuple[int, int]
+    device: torch.device
+    dtype: torch.dtype
+    _graphs: dict[Form, fx.GraphModule]
+
+    def module(self, form: Form) -> fx.GraphModule:
+        """The graph as a module that takes inputs and state by position; see the package for the forms."""
+        return self._graphs[form]
+
+    def program(self, form: Form) -> torch.export.ExportedProgram:
+        """The same as an exported program."""
+        with torch.no_grad():
+            return torch.export.export(self._graphs[form], self.examples)
+
+
+def capture(transformer: nn.Module, size: Size, vae_scales: tuple[int, int], config: HasteConfig) -> Captured:
+    """Trace a transformer for one video size, rewrite its self-attention, make its state explicit.
+
+    Args:
+        transformer: in eval mode; it stays as it is.
+        size: of the video.
+        vae_scales: frames and pixels for one latent position.
+        config: options.
+
+    Raises:
+        ArtifactError: it cannot be traced, or nothing in it can be rewritten.
+        NoAttentionSitesError: the traced graph has no attention that a pass can see.
+        UnsupportedSiteError: ``strict`` and a self-attention site cannot be rewritten.
+    """
+    module: Any = transformer
+    examples = example_inputs(
+        transformer, size.latent(vae_scales), batch=size.batch, text_tokens=size.text_tokens
+    )
+    tensors = {name: value for name, value in examples.items() if isinstance(value, Tensor)}
+    try:
+        with torch.no_grad():
+            graph = _torch.flat_module(torch.export.export(transformer, (), examples))
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise ArtifactError(
+            found=f"{type(error).__name__}: {str(error).strip().splitlines()[0]}",
+            wanted="a transformer that torch.export can trace",
+            where=type(transformer).__name__,
+            fix="Export the module as diffusers made it, for a size that it can run.",
+        ) from error
+    context = PassContext(config=config, dialect="export", binding=BufferBinding())
+    run_passes(graph, context)
+    sites = context.rewritten
+    report = GraphReport.from_context(context)
+    if not sites:
+        raise ArtifactError(
+            found=f"no attention site that can be rewritten:\n{report}\n",
+            wanted="at least one",
+            where=type(transformer).__name__,
+            fix="Change the options so that a site fits.",
+        )
+    ctl, state = _state_as_inputs(graph, sites)
+    (sample,) = (_torch.fake_value(node) for node in _outputs(graph))
+    return Captured(
+        size=size,
+        config=config,
+        report=report,
+        specs=tuple(StateSpec(s.label, *(int(n) for n in s.shape), device=s.device) for s in sites),
+        inputs=(*(TensorLayout.of(n, x) for n, x in tensors.items()), TensorLayout.of("haste_ctl", ctl)),
+        state=tuple(TensorLayout.of(name, value) for name, value in state.items()),
+        outputs=(TensorLayout.of("sample", sample),),
+        examples=(*tensors.values(), ctl, *state.values()),
+        transformer=(type(transformer).__name__, _plain(dict(module.config))),
+        vae_scales=vae_scales,
+        device=sites[0].device,
+        dtype=sites[0].dtype,
+        _graphs={
+            "live": graph,
+            "named": _functional(graph, plain=False),
+            "plain": _functional(graph, plain=True),
+        },
+    )
+
+
+def _state_as_inputs(gm: fx.GraphModule, sites: list[AttentionSite]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Turn the buffers that change into further inputs; thresholds stay what they are, constants.
+
+    Returns:
+        ``ctl`` and the state by name, as they are at a first call.
+    """
+    refresh = [site.inserted[0] for site in sites]
+    ctl = refresh[0].args[4]
+    changing = [node for call in refresh for node in call.args[5:8]]
+    last = gm.graph.find_nodes(op="placeholder")[-1]
+    values: dict[str, Tensor] = {}
+    for buffer in [ctl, *changing]:
+        name = str(buffer.target)
+        values[name] = gm.get_buffer(name)
+        with gm.graph.inserting_after(last):
+            last = gm.graph.placeholder(name)
+        last.meta = dict(buffer.meta)
+        buffer.replace_all_uses_with(last)
+        gm.graph.erase_node(buffer)
+        delattr(gm, name)
+    gm.recompile()
+    return values.pop(str(ctl.target)), values
+
+
+def _functional(live: fx.GraphModule, *, plain: bool) -> fx.GraphModule:
+    """A copy of the graph in which the refresh returns the new state, and the graph with it.
+
+    Before:
+        refresh = haste.refresh_mask_(q, k, ..., haste_0_mask, haste_0_anchors, haste_0_counters)
+        attention = haste.block_sparse_attention(q, k, v, haste_0_mask, haste_ctl)
+        return (sample,)
+    After:
+        new = haste.refresh_mask(q, k, ..., haste_0_mask, haste_0_anchors, haste_0_counters)
+        attention = haste.block_sparse_attention(q, k, v, new[0], haste_ctl)
+        return (sample, new[0], new[1], new[2])
+
+    Args:
+        plain: call the functions of ``kernels.functional``, which spell the ops out, instead of the ops.
+    """
+    gm = _torch.copy_graph(live)
+    graph, state = gm.graph, []
+    for refresh in graph.find_nodes(op="call_function", target=REFRESH):
+        mask = refresh.args[5]
+        (attention,) = (user for user in mask.users if user.target is ATTENTION)
+        with graph.inserting_before(refresh):
+            target = functional.refresh_mask if plain else _REFRESH_MASK
+            new = graph.call_function(target, refresh.args, refresh.kwargs)
+            parts = [graph.call_function(operator.getitem, (new, i)) for i in range(len(STATE_FIELDS))]
+        graph.erase_node(refresh)
+        attention.replace_input_with(mask, parts[0])
+        if plain:
+            _spell_out(graph, attention)
+        state += parts
+    (output,) = graph.find_nodes(op="output")
+    output.args = ((*output.args[0], *state),)
+    gm.recompile()
+    return gm
+
+
+def _spell_out(graph: fx.Graph, attention: fx.Node) -> None:
+    with graph.inserting_before(attention):
+        out = graph.call_function(functional.block_sparse_attention, attention.args, attention.kwargs)
+    for item in list(attention.users):
+        item.replace_all_uses_with(out)
+        graph.erase_node(item)
+    graph.erase_node(attention)
+
+
+def _outputs(gm: fx.GraphModule) -> tuple[fx.Node, ...]:
+    (output,) = gm.graph.find_nodes(op="output")
+    return output.args[0]
+
+
+def _plain(value: Any) -> Any:
+    """A config as JSON holds it; diffusers' bookkeeping (names with an underscore) stays out."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items() if not str(k).startswith("_")}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
