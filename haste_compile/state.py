@@ -139,7 +139,7 @@ class HasteState(nn.Module):
         return self.clock.ctl if field == "ctl" else self.get_buffer(f"{field}_{site}")
 
     def replace(self, site: int, field: str, tensor: Tensor) -> None:
-        """Put another tensor in a field's place, for runtimes that return new state instead of updating it."""
+        """Put another tensor in a field's place, for runtimes that return new state."""
         setattr(self, f"{field}_{site}", tensor)
 
     def reset(self) -> None:

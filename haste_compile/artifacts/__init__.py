@@ -14,8 +14,8 @@
 A format is one module, named in ``FORMATS``, that fulfils ``Format`` with two functions:
 
 ``write(captured, path)`` writes the artifact. ``captured.module(form)`` or ``captured.program(form)`` gives
-the graph. Its inputs are ``captured.inputs`` (the transformer's tensors by name, then ``haste_ctl``), followed
-by ``captured.state`` (``haste_0_mask``, ``haste_0_anchors``, ``haste_0_counters``, ``haste_1_mask``, …), all
+the graph. Its inputs are ``captured.inputs`` (the transformer's tensors by name, then ``haste_ctl``), then
+``captured.state`` (``haste_0_mask``, ``haste_0_anchors``, ``haste_0_counters``, ``haste_1_mask``, …), all
 by position; thresholds are constants in it. It comes in three forms:
 
 * "live": the ops of ``kernels.ops``. State inputs are updated in place; one output, the sample.

@@ -1,4 +1,4 @@
-"""A Wan transformer as a graph of tensors with explicit state: torch.export, then the passes of live graphs."""
+"""A Wan transformer as a graph with explicit state: torch.export, then the passes of live graphs."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def capture(transformer: nn.Module, size: Size, vae_scales: tuple[int, int], con
         size=size,
         config=config,
         report=report,
-        specs=tuple(StateSpec(s.label, *(int(n) for n in s.shape), device=s.device) for s in sites),
+        specs=tuple(_spec(site) for site in sites),
         inputs=(*(TensorLayout.of(n, x) for n, x in tensors.items()), TensorLayout.of("haste_ctl", ctl)),
         state=tuple(TensorLayout.of(name, value) for name, value in state.items()),
         outputs=(TensorLayout.of("sample", sample),),
@@ -130,6 +130,11 @@ def capture(transformer: nn.Module, size: Size, vae_scales: tuple[int, int], con
             "plain": _functional(graph, plain=True),
         },
     )
+
+
+def _spec(site: AttentionSite) -> StateSpec:
+    batch, heads, tokens, dim = map(int, site.shape)
+    return StateSpec(site.label, batch, heads, tokens, dim, site.device)
 
 
 def _state_as_inputs(gm: fx.GraphModule, sites: list[AttentionSite]) -> tuple[Tensor, dict[str, Tensor]]:

@@ -1,4 +1,4 @@
-"""The manifest of an artifact: JSON beside it that says what it is, what it needs and what its files hash to."""
+"""The manifest of an artifact: JSON beside it that says what it is, what it needs and what it hashes to."""
 
 from __future__ import annotations
 
