@@ -7,9 +7,6 @@ from torch import Tensor
 
 from haste_compile.kernels.block_mask import pack_bits
 
-#: Smallest positive normal float32.
-_TINY = 2.0**-126
-
 
 def top_p_select(scores: Tensor, top_p: Tensor, *, sums: torch.dtype = torch.float64) -> Tensor:
     """Keep for every row the fewest blocks, largest first, whose scores reach ``top_p`` of the row's sum.
@@ -18,12 +15,12 @@ def top_p_select(scores: Tensor, top_p: Tensor, *, sums: torch.dtype = torch.flo
     score that is not a positive finite number counts as zero; a row without any positive score keeps block 0,
     so no row is empty.
 
-    No sort: the smallest score that is still kept is put together bit by bit, exponent before mantissa, as
-    the largest float32 at or above which the scores reach the target. That is exact, in 32 steps and O(T)
-    memory; ranking by pairwise comparison would need O(T²) a row. Products and sums of floats alone, so that
-    formats without a bit cast (ONNX) can hold it. Sums are float64, so with ``top_p = 1`` every block that
-    changes the float64 row sum is kept. The kernel sums in float32 and may differ where a prefix lies within
-    rounding (about 1e-6 of the row sum) of the threshold.
+    No sort: the smallest score that is still kept is put together four bits at a time, exponent before
+    mantissa, as the largest float32 at or above which the scores reach the target. That is exact, in 8 steps
+    and O(T) memory; ranking by pairwise comparison would need O(T²) a row. Products and sums of floats alone,
+    so that formats without a bit cast (ONNX) can hold it. Sums are float64, so with ``top_p = 1`` every block
+    that changes the float64 row sum is kept. The kernel sums in float32 and may differ where a prefix lies
+    within rounding (about 1e-6 of the row sum) of the threshold.
 
     Args:
         scores: fp32 [..., H, Tq, Tk].
@@ -41,20 +38,26 @@ def top_p_select(scores: Tensor, top_p: Tensor, *, sums: torch.dtype = torch.flo
     peak = score.amax(-1, keepdim=True)
     zero = torch.zeros_like(value)
 
-    def reaches(candidate: Tensor) -> Tensor:
-        enough = torch.where(score >= candidate, value, zero).sum(-1, keepdim=True) >= target
-        return enough & (candidate <= peak)
+    def largest(candidates: Tensor, otherwise: Tensor) -> Tensor:
+        """The largest candidate [..., Tq, C] that reaches the target, else ``otherwise`` [..., Tq, 1]."""
+        above = score.unsqueeze(-2) >= candidates.unsqueeze(-1)
+        enough = torch.where(above, value.unsqueeze(-2), zero.unsqueeze(-2)).sum(-1) >= target
+        return torch.where(enough & (candidates <= peak), candidates, otherwise).amax(-1, keepdim=True)
 
-    normal = reaches(torch.full_like(peak, _TINY))
-    threshold = torch.where(normal, _TINY, 0.0)  # 0 always reaches the target
-    for bit in range(7, -1, -1):
-        root = 2.0 ** (2**bit / 2)  # multiplied twice: 2^128 is no float32
-        candidate = threshold * root * root if bit else threshold * 2.0
-        threshold = torch.where(reaches(candidate), candidate, threshold)
-    power = torch.where(normal, threshold, _TINY)
-    for bit in range(1, 24):
-        candidate = threshold + power * 2.0**-bit
-        threshold = torch.where(reaches(candidate), candidate, threshold)
+    def steps(count: int) -> Tensor:
+        return torch.arange(1, count, dtype=torch.float32, device=score.device)
+
+    powers = torch.tensor([2.0 ** (e - 126) for e in range(0, 256, 16)], device=score.device)
+    finer = torch.tensor([2.0**e for e in range(1, 16)], device=score.device)
+    threshold = largest(powers.expand(*peak.shape[:-1], -1), torch.zeros_like(peak))  # 0 always reaches it
+    normal = threshold > 0
+    threshold = largest(
+        threshold * torch.tensor([2.0**e for e in range(1, 16)], device=score.device), threshold
+    )
+    power = torch.where(normal, threshold, powers[:1])
+    for bits in (4, 8, 12, 16, 20):
+        threshold = largest(threshold + power * (steps(16) * 2.0**-bits), threshold)
+    threshold = largest(threshold + power * (steps(8) * 2.0**-23), threshold)
 
     above = score > threshold
     ties = score == threshold
