@@ -51,9 +51,7 @@ def top_p_select(scores: Tensor, top_p: Tensor, *, sums: torch.dtype = torch.flo
     finer = torch.tensor([2.0**e for e in range(1, 16)], device=score.device)
     threshold = largest(powers.expand(*peak.shape[:-1], -1), torch.zeros_like(peak))  # 0 always reaches it
     normal = threshold > 0
-    threshold = largest(
-        threshold * torch.tensor([2.0**e for e in range(1, 16)], device=score.device), threshold
-    )
+    threshold = largest(threshold * finer, threshold)
     power = torch.where(normal, threshold, powers[:1])
     for bits in (4, 8, 12, 16, 20):
         threshold = largest(threshold + power * (steps(16) * 2.0**-bits), threshold)
