@@ -16,12 +16,13 @@ A format is one module, named in ``FORMATS``, that fulfils ``Format`` with two f
 ``write(captured, path)`` writes the artifact. ``captured.module(form)`` or ``captured.program(form)`` gives
 the graph. Its inputs are ``captured.inputs`` (the transformer's tensors by name, then ``haste_ctl``), then
 ``captured.state`` (``haste_0_mask``, ``haste_0_anchors``, ``haste_0_counters``, ``haste_1_mask``, …), all
-by position; thresholds are constants in it. It comes in three forms:
+by position; thresholds are constants in it. It comes in four forms:
 
 * "live": the ops of ``kernels.ops``. State inputs are updated in place; one output, the sample.
 * "named": ``haste::refresh_mask`` and ``haste::block_sparse_attention``, both without side effects: for
   formats that have operators of those names. Outputs: the sample, then the new state.
 * "plain": PyTorch's own operators alone (``kernels.functional``). Outputs as in "named".
+* "triton": the kernels that the ops launch on CUDA, launched by the graph itself. In place, as in "live".
 
 It returns ``Written``: the files it made, the versions that matter, and what it wants to find again.
 
@@ -52,6 +53,7 @@ __all__ = ["FORMATS", "Manifest", "Runner", "Size", "export", "load"]
 
 #: Format -> the module that writes and opens it; imported when it is asked for.
 FORMATS = {
+    "aoti": "haste_compile.artifacts.aoti",
     "torchscript": "haste_compile.artifacts.torchscript",
 }
 

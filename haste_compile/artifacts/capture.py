@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -14,17 +15,40 @@ from haste_compile.artifacts.manifest import Size, TensorLayout
 from haste_compile.config import HasteConfig
 from haste_compile.errors import ArtifactError
 from haste_compile.explanation import example_inputs
-from haste_compile.kernels import functional
+from haste_compile.kernels import functional, traced
 from haste_compile.passes import BufferBinding, PassContext, run_passes
-from haste_compile.passes.base import ATTENTION, REFRESH, AttentionSite
+from haste_compile.passes.base import AttentionSite
+from haste_compile.predictors import get_predictor
+from haste_compile.predictors.base import THRESHOLDS, OpCall, Predictor
 from haste_compile.report import GraphReport
 from haste_compile.state import StateSpec
 
-Form = Literal["live", "named", "plain"]
+Form = Literal["live", "named", "plain", "triton"]
 
-#: The state tensors that change from call to call, in the order in which they enter and leave a graph.
-STATE_FIELDS = ("mask", "anchors", "counters")
-_REFRESH_MASK = torch.ops.haste.refresh_mask.default
+
+@dataclasses.dataclass(frozen=True)
+class _Replacement:
+    """What stands for a predictor's two ops in one of the forms.
+
+    Attributes:
+        refresh: takes the op's arguments; returns the new state, or nothing where it works in place.
+        attention: takes the op's arguments and returns the output alone; None keeps the op.
+        in_place: ``refresh`` updates its arguments.
+    """
+
+    refresh: Callable[..., Any]
+    attention: Callable[..., Any] | None
+    in_place: bool
+
+
+#: Refresh op -> form -> what replaces it and its attention op. "live" replaces nothing.
+_REPLACEMENTS: dict[Any, dict[Form, _Replacement]] = {
+    torch.ops.haste.refresh_mask_.default: {
+        "named": _Replacement(torch.ops.haste.refresh_mask.default, None, in_place=False),
+        "plain": _Replacement(functional.refresh_mask, functional.block_sparse_attention, in_place=False),
+        "triton": _Replacement(traced.refresh_mask_, traced.block_sparse_attention, in_place=True),
+    }
+}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -57,16 +81,37 @@ class Captured:
     vae_scales: tuple[int, int]
     device: torch.device
     dtype: torch.dtype
-    _graphs: dict[Form, fx.GraphModule]
+    _live: fx.GraphModule
 
     def module(self, form: Form) -> fx.GraphModule:
-        """The graph as a module that takes inputs and state by position; see the package for the forms."""
-        return self._graphs[form]
+        """The graph as a module that takes inputs and state by position; see the package for the forms.
+
+        Raises:
+            ArtifactError: the predictor's ops have no such form.
+        """
+        if form == "live":
+            return self._live
+        refresh, attention = (
+            call(self.config, 1.0) for call in (self._predictor.refresh, self._predictor.attention)
+        )
+        replacement = _REPLACEMENTS.get(refresh.op, {}).get(form)
+        if replacement is None:
+            raise ArtifactError(
+                found=f"predictor {self.config.predictor!r}, whose op {refresh.op} runs as an op alone",
+                wanted="a predictor whose ops can be spelled out, such as 'xattention'",
+                where=f"the {form!r} form of an exported graph",
+                fix="Export as 'torchscript', which keeps the ops, or with another predictor.",
+            )
+        return _replace(self._live, refresh, attention, replacement)
 
     def program(self, form: Form) -> torch.export.ExportedProgram:
         """The same as an exported program."""
         with torch.no_grad():
-            return torch.export.export(self._graphs[form], self.examples)
+            return torch.export.export(self.module(form), self.examples)
+
+    @property
+    def _predictor(self) -> Predictor:
+        return get_predictor(self.config.predictor)
 
 
 def capture(transformer: nn.Module, size: Size, vae_scales: tuple[int, int], config: HasteConfig) -> Captured:
@@ -109,7 +154,8 @@ def capture(transformer: nn.Module, size: Size, vae_scales: tuple[int, int], con
             where=type(transformer).__name__,
             fix="Change the options so that a site fits.",
         )
-    ctl, state = _state_as_inputs(graph, sites)
+    refresh = context.predictor.refresh(config, 1.0)
+    ctl, state = _state_as_inputs(graph, sites, refresh)
     (sample,) = (_torch.fake_value(node) for node in _outputs(graph))
     return Captured(
         size=size,
@@ -124,11 +170,7 @@ def capture(transformer: nn.Module, size: Size, vae_scales: tuple[int, int], con
         vae_scales=vae_scales,
         device=sites[0].device,
         dtype=sites[0].dtype,
-        _graphs={
-            "live": graph,
-            "named": _functional(graph, plain=False),
-            "plain": _functional(graph, plain=True),
-        },
+        _live=graph,
     )
 
 
@@ -137,15 +179,17 @@ def _spec(site: AttentionSite) -> StateSpec:
     return StateSpec(site.label, batch, heads, tokens, dim, site.device)
 
 
-def _state_as_inputs(gm: fx.GraphModule, sites: list[AttentionSite]) -> tuple[Tensor, dict[str, Tensor]]:
+def _state_as_inputs(
+    gm: fx.GraphModule, sites: list[AttentionSite], refresh: OpCall
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Turn the buffers that change into further inputs; thresholds stay what they are, constants.
 
     Returns:
         ``ctl`` and the state by name, as they are at a first call.
     """
-    refresh = [site.inserted[0] for site in sites]
-    ctl = refresh[0].args[4]
-    changing = [node for call in refresh for node in call.args[5:8]]
+    operands = [dict(zip(refresh.fields, site.inserted[0].args[2:], strict=True)) for site in sites]
+    ctl: Any = operands[0]["ctl"]
+    changing: list[Any] = [fields[name] for fields in operands for name in changing_fields(refresh)]
     last = gm.graph.find_nodes(op="placeholder")[-1]
     values: dict[str, Tensor] = {}
     for buffer in [ctl, *changing]:
@@ -161,44 +205,54 @@ def _state_as_inputs(gm: fx.GraphModule, sites: list[AttentionSite]) -> tuple[Te
     return values.pop(str(ctl.target)), values
 
 
-def _functional(live: fx.GraphModule, *, plain: bool) -> fx.GraphModule:
-    """A copy of the graph in which the refresh returns the new state, and the graph with it.
+def changing_fields(refresh: OpCall) -> list[str]:
+    """The state of one site that enters and leaves a graph, in order: all but clock and thresholds."""
+    return [field for field in refresh.fields if field != "ctl" and field not in THRESHOLDS]
+
+
+def _replace(
+    live: fx.GraphModule, refreshing: OpCall, attending: OpCall, replacement: _Replacement
+) -> fx.GraphModule:
+    """A copy of the graph with other calls in place of the two ops.
 
     Before:
         refresh = haste.refresh_mask_(q, k, ..., haste_0_mask, haste_0_anchors, haste_0_counters)
         attention = haste.block_sparse_attention(q, k, v, haste_0_mask, haste_ctl)
         return (sample,)
-    After:
+    After, unless the replacement works in place:
         new = haste.refresh_mask(q, k, ..., haste_0_mask, haste_0_anchors, haste_0_counters)
         attention = haste.block_sparse_attention(q, k, v, new[0], haste_ctl)
         return (sample, new[0], new[1], new[2])
-
-    Args:
-        plain: call the functions of ``kernels.functional``, which spell the ops out, instead of the ops.
     """
     gm = _torch.copy_graph(live)
     graph, state = gm.graph, []
-    for refresh in graph.find_nodes(op="call_function", target=REFRESH):
-        mask = refresh.args[5]
-        (attention,) = (user for user in mask.users if user.target is ATTENTION)
+    for refresh in graph.find_nodes(op="call_function", target=refreshing.op):
+        operands = dict(zip(refreshing.fields, refresh.args[2:], strict=True))
+        (attention,) = (
+            user
+            for field in attending.fields[:1]
+            for user in operands[field].users
+            if user.target is attending.op
+        )
         with graph.inserting_before(refresh):
-            target = functional.refresh_mask if plain else _REFRESH_MASK
-            new = graph.call_function(target, refresh.args, refresh.kwargs)
-            parts = [graph.call_function(operator.getitem, (new, i)) for i in range(len(STATE_FIELDS))]
-        graph.erase_node(refresh)
-        attention.replace_input_with(mask, parts[0])
-        if plain:
-            _spell_out(graph, attention)
-        state += parts
+            new = graph.call_function(replacement.refresh, refresh.args, refresh.kwargs)
+            graph.erase_node(refresh)
+            if not replacement.in_place:
+                for i, field in enumerate(changing_fields(refreshing)):
+                    part = graph.call_function(operator.getitem, (new, i))
+                    attention.replace_input_with(operands[field], part)
+                    state.append(part)
+        if replacement.attention is not None:
+            _replace_attention(graph, attention, replacement.attention)
     (output,) = graph.find_nodes(op="output")
     output.args = ((*output.args[0], *state),)
     gm.recompile()
     return gm
 
 
-def _spell_out(graph: fx.Graph, attention: fx.Node) -> None:
+def _replace_attention(graph: fx.Graph, attention: fx.Node, target: Callable[..., Any]) -> None:
     with graph.inserting_before(attention):
-        out = graph.call_function(functional.block_sparse_attention, attention.args, attention.kwargs)
+        out = graph.call_function(target, attention.args, attention.kwargs)
     for item in list(attention.users):
         item.replace_all_uses_with(out)
         graph.erase_node(item)
