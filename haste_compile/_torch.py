@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -79,6 +80,23 @@ def flat_module(program: torch.export.ExportedProgram) -> fx.GraphModule:
     gm.graph.set_codegen(fx.graph.CodeGen())
     gm.recompile()
     return gm
+
+
+def aoti_package(program: torch.export.ExportedProgram, path: Path, *, metadata: Mapping[str, str]) -> None:
+    """Compile an exported program with AOTInductor into one ``.pt2`` file that carries ``metadata``."""
+    import torch._inductor
+
+    torch._inductor.aoti_compile_and_package(
+        program, package_path=str(path), inductor_configs={"aot_inductor.metadata": dict(metadata)}
+    )
+
+
+def aoti_load(path: Path, device: torch.device) -> Callable[..., Any]:
+    """The function of tensors in a ``.pt2`` file."""
+    import torch._inductor
+
+    index = -1 if device.index is None else device.index
+    return torch._inductor.aoti_load_package(str(path), device_index=index)
 
 
 def is_fragment(gm: fx.GraphModule) -> bool:

@@ -1,8 +1,8 @@
-"""The two ops on CUDA as a graph can hold them: each Triton kernel a node, for artifacts that run without Python.
+"""The two ops on CUDA as a graph can hold them: each Triton kernel a node, to run without Python.
 
-What the CUDA implementations of ``kernels.ops`` launch, with two differences in attention, both because a graph
-knows no addresses: keys and values are read through plain pointers instead of TMA descriptors, which are made
-of an address at each call, and so nothing is warp-specialised. Imported without Triton, traced with it.
+What the CUDA implementations of ``kernels.ops`` launch, but for attention: a graph knows no addresses, so
+keys and values are read through plain pointers instead of TMA descriptors, which are made of an address at
+each call, and nothing is warp-specialised. Imported without Triton, traced with it.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from haste_compile import _torch
 from haste_compile.artifacts.base import Call, Written
 from haste_compile.artifacts.capture import Captured
 from haste_compile.artifacts.manifest import Manifest
@@ -37,7 +38,7 @@ def write(captured: Captured, path: Path) -> Written:
         import_optional("triton", extra="gpu")
         extra["capability"] = list(torch.cuda.get_device_capability(captured.device))
     program = captured.program("triton" if captured.device.type == "cuda" else "plain")
-    torch._inductor.aoti_compile_and_package(program, package_path=str(path))
+    _torch.aoti_package(program, path, metadata=_metadata(captured))
     return Written((path,), extra=extra)
 
 
@@ -64,14 +65,25 @@ def open_(manifest: Manifest, path: Path, device: torch.device) -> Call:
             where=f"the aoti artifact {path}",
             fix="Export it on a GPU of this kind.",
         )
-    index = device.index if device.index is not None else -1
-    package = torch._inductor.aoti_load_package(str(path), device_index=index)
+    package = _torch.aoti_load(path, device)
 
     def call(inputs: Sequence[Tensor], state: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
         sample, *updated = _as_tuple(package(*inputs, *state))
         return sample, updated or state
 
     return call
+
+
+def _metadata(captured: Captured) -> dict[str, str]:
+    """What a C++ program needs of the manifest, put into the package, where it can be read without JSON."""
+    rule, k = captured.config.reuse_rule
+    lines = (" ".join([x.name, x.dtype, *map(str, x.shape)]) for x in captured.state)
+    return {
+        "haste_device": captured.device.type,
+        "haste_dense_steps": str(captured.config.dense_steps),
+        "haste_rebuild_steps": str(k if rule == "after" else 0),
+        "haste_state": "\n".join(lines),
+    }
 
 
 def _as_tuple(outputs: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:

@@ -19,7 +19,7 @@ from haste_compile.kernels import functional, traced
 from haste_compile.passes import BufferBinding, PassContext, run_passes
 from haste_compile.passes.base import AttentionSite
 from haste_compile.predictors import get_predictor
-from haste_compile.predictors.base import THRESHOLDS, OpCall, Predictor
+from haste_compile.predictors.base import THRESHOLDS, OpCall
 from haste_compile.report import GraphReport
 from haste_compile.state import StateSpec
 
@@ -91,9 +91,8 @@ class Captured:
         """
         if form == "live":
             return self._live
-        refresh, attention = (
-            call(self.config, 1.0) for call in (self._predictor.refresh, self._predictor.attention)
-        )
+        predictor = get_predictor(self.config.predictor)
+        refresh, attention = predictor.refresh(self.config, 1.0), predictor.attention(self.config, 1.0)
         replacement = _REPLACEMENTS.get(refresh.op, {}).get(form)
         if replacement is None:
             raise ArtifactError(
@@ -108,10 +107,6 @@ class Captured:
         """The same as an exported program."""
         with torch.no_grad():
             return torch.export.export(self.module(form), self.examples)
-
-    @property
-    def _predictor(self) -> Predictor:
-        return get_predictor(self.config.predictor)
 
 
 def capture(transformer: nn.Module, size: Size, vae_scales: tuple[int, int], config: HasteConfig) -> Captured:
@@ -236,12 +231,12 @@ def _replace(
         )
         with graph.inserting_before(refresh):
             new = graph.call_function(replacement.refresh, refresh.args, refresh.kwargs)
-            graph.erase_node(refresh)
             if not replacement.in_place:
                 for i, field in enumerate(changing_fields(refreshing)):
                     part = graph.call_function(operator.getitem, (new, i))
                     attention.replace_input_with(operands[field], part)
                     state.append(part)
+        graph.erase_node(refresh)
         if replacement.attention is not None:
             _replace_attention(graph, attention, replacement.attention)
     (output,) = graph.find_nodes(op="output")

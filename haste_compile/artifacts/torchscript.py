@@ -1,7 +1,7 @@
 """TorchScript: the rewritten graph as ``torch.jit.trace`` records it. Legacy: PyTorch deprecates TorchScript.
 
-The ops stay ops, so that the artifact skips masked work as the live graph does. It runs where they are defined:
-in a process that has imported haste_compile. Elsewhere ``torch.jit.load`` says "Unknown builtin op:
+The ops stay ops, so that the artifact skips masked work as the live graph does. It runs where they are
+defined, in a process with haste_compile; elsewhere ``torch.jit.load`` says "Unknown builtin op:
 haste::refresh_mask_".
 """
 
