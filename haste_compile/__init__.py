@@ -22,6 +22,8 @@ _PUBLIC = {
     "explain": "haste_compile.explanation",
     "export": "haste_compile.artifacts",
     "load": "haste_compile.artifacts",
+    "warm_start": "haste_compile.compile_cache",
+    "cache_counts": "haste_compile.compile_cache",
     "statistics": "haste_compile.state",
     "reset": "haste_compile.state",
     "HasteConfig": "haste_compile.config",

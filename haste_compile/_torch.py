@@ -318,6 +318,19 @@ def compile_counts() -> tuple[int, int]:
     return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
 
 
+def caches_graphs() -> bool:
+    """Whether Inductor keeps compiled graphs on disk."""
+    from torch._inductor import config
+
+    return bool(config.fx_graph_cache and not config.force_disable_caches)
+
+
+def graph_cache_counts() -> tuple[int, int, int]:
+    """Graphs that Inductor took from its cache, compiled, and refused to cache, in this process so far."""
+    found = counters["inductor"]
+    return found["fxgraph_cache_hit"], found["fxgraph_cache_miss"], found["fxgraph_cache_bypass"]
+
+
 def through_dynamo(error: HasteError) -> HasteError:
     """The same error in a type that Dynamo hands to the user as it is.
 
