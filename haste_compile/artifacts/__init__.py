@@ -48,6 +48,7 @@ from haste_compile.config import HasteConfig
 from haste_compile.errors import ArtifactTrustError, OptionError
 from haste_compile.explanation import TEXT_TOKENS, VAE_SCALES
 from haste_compile.loading import find_transformers, pick_device
+from haste_compile.output import new_folder
 
 __all__ = ["FORMATS", "Manifest", "Runner", "Size", "export", "load"]
 
@@ -100,10 +101,12 @@ def export(
         getattr(pipe_or_transformer, "vae_scale_factor_spatial", VAE_SCALES[1]),
     )
     size = Size(height, width, num_frames, batch, text_tokens)
-    captured = capture(_component(pipe_or_transformer, component), size, scales, config)
-    written = module.write(captured, Path(path))
-    manifest = Manifest.describe(format, captured, written, Path(path))
-    manifest.save(Path(path))
+    transformer, path = _component(pipe_or_transformer, component), Path(path)
+    with new_folder(path.parent) as folder:
+        aside = folder / path.name
+        captured = capture(transformer, size, scales, config)
+        manifest = Manifest.describe(format, captured, module.write(captured, aside), aside)
+        manifest.save(aside)
     return manifest
 
 

@@ -19,7 +19,6 @@ from haste_compile.errors import (
     ArtifactSizeError,
     ArtifactVersionError,
     OptionError,
-    OutputPathError,
 )
 from haste_compile.state import StateSpec
 
@@ -210,15 +209,7 @@ class Manifest:
     def save(self, path: Path) -> None:
         """Write the JSON beside the artifact with main file ``path``."""
         text = json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False)
-        try:
-            manifest_path(path).write_text(text + "\n", encoding="utf-8")
-        except OSError as error:
-            raise OutputPathError(
-                found=error.strerror or str(error),
-                wanted="a folder that can be written",
-                where=str(manifest_path(path)),
-                fix="Choose another path.",
-            ) from error
+        manifest_path(path).write_text(text + "\n", encoding="utf-8")
 
     def check_files(self, path: Path) -> None:
         """Hold the files against sizes and hashes.
