@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from haste_compile.kernels.launching import launchable
 from haste_compile.kernels.layout import COUNTER_COLUMNS, Counter, Ctl
 
 _SLOT = tl.constexpr(int(Ctl.SLOT))
@@ -85,7 +86,7 @@ def select_(
     """
     batch, heads, blocks, _ = scores.shape
     padded = max(32, triton.next_power_of_2(blocks))
-    select_kernel[(blocks, batch * heads)](
+    launchable(select_kernel)[(blocks, batch * heads)](
         scores, top_p, flags, ctl, mask, counters, heads, tokens, mask.shape[-1],
         BLOCK=block, BLOCKS=padded, num_warps=choose_warps(padded),
     )  # fmt: skip

@@ -120,7 +120,9 @@ def test_missing_files(path: Path):
     with pytest.raises(ArtifactFileError, match="nothing there"):
         haste_compile.load(path, trust=True)
     manifest.manifest_path(path).unlink()
-    with pytest.raises(ArtifactFileError, match=r"tiny.ts.json: found No such file.*the manifest that export"):
+    with pytest.raises(
+        ArtifactFileError, match=r"tiny.ts.json: found No such file.*the manifest that export"
+    ):
         haste_compile.load(path, trust=True)
 
 
