@@ -6,8 +6,8 @@
 
 Queries and keys are scaled so that heads choose; the weights are random, so this says nothing of quality.
 Both sides run the same calls, one after the other, in one process: forwards with falling timesteps over
-slowly changing latents, so that masks are built and reused. Nothing is timed before the artifact's output was held
-against the live one's. Medians in milliseconds; spread is half the range over the median of the live side.
+slowly changing latents, so that masks are built and reused. Times count only if the artifact's outputs agreed
+with the live ones. Medians in milliseconds; spread is half the range over the median of the live side.
 """
 
 from __future__ import annotations
