@@ -17,7 +17,7 @@ from haste_compile.errors import ArtifactError
 from haste_compile.explanation import example_inputs
 from haste_compile.kernels import functional, traced
 from haste_compile.passes import BufferBinding, PassContext, run_passes
-from haste_compile.passes.base import AttentionSite
+from haste_compile.passes.base import AttentionSite, StateInput
 from haste_compile.predictors import get_predictor
 from haste_compile.predictors.base import THRESHOLDS, OpCall
 from haste_compile.report import GraphReport
@@ -57,7 +57,8 @@ class Captured:
 
     Attributes:
         size: the video size that it was traced for.
-        config: options; the thresholds are constants of the graph.
+        config: options.
+        thresholds: "top_p" and "delta", [sites][heads], as the graph holds them: constants.
         report: what became of every attention site.
         specs: what each rewritten site needs state for.
         inputs: the transformer's tensors in the order of its signature, then ``haste_ctl``.
@@ -71,6 +72,7 @@ class Captured:
 
     size: Size
     config: HasteConfig
+    thresholds: dict[str, list[list[float]]]
     report: GraphReport
     specs: tuple[StateSpec, ...]
     inputs: tuple[TensorLayout, ...]
@@ -155,6 +157,7 @@ def capture(transformer: nn.Module, size: Size, vae_scales: tuple[int, int], con
     return Captured(
         size=size,
         config=config,
+        thresholds={field: [_threshold_row(graph, site, field) for site in sites] for field in THRESHOLDS},
         report=report,
         specs=tuple(_spec(site) for site in sites),
         inputs=(*(TensorLayout.of(n, x) for n, x in tensors.items()), TensorLayout.of("haste_ctl", ctl)),
@@ -172,6 +175,10 @@ def capture(transformer: nn.Module, size: Size, vae_scales: tuple[int, int], con
 def _spec(site: AttentionSite) -> StateSpec:
     batch, heads, tokens, dim = map(int, site.shape)
     return StateSpec(site.label, batch, heads, tokens, dim, site.device)
+
+
+def _threshold_row(gm: fx.GraphModule, site: AttentionSite, field: str) -> list[float]:
+    return gm.get_buffer(StateInput.of(site, field).name)[: int(site.shape[1])].tolist()
 
 
 def _state_as_inputs(

@@ -90,8 +90,8 @@ class Manifest:
         dtype: of the latents.
         size: video size.
         vae_scales: frames and pixels for one latent position.
-        options: of ``HasteConfig``, the baked thresholds among them.
-        thresholds: sha256 of the baked thresholds, to tell calibration profiles apart.
+        options: of ``HasteConfig``; in place of a calibration profile the thresholds that it gave.
+        thresholds: sha256 of the baked thresholds, which tells profiles apart.
         sites: name and attention shape [B, H, N, D] of every rewritten site.
         skipped: attention sites that stayed dense, with the reasons.
         transformer: class name and config of the transformer.
@@ -125,6 +125,8 @@ class Manifest:
         """The manifest of files that a format has just written, with ``path`` as the main one."""
         kind, config = captured.transformer
         options = captured.config.to_options()
+        if options.pop("profile", None) is not None:  # where it lies matters no more: its values are baked in
+            options.update(captured.thresholds)
         fields: dict[str, Any] = {
             "schema": SCHEMA,
             "format": format,
@@ -138,7 +140,7 @@ class Manifest:
             "size": dataclasses.asdict(captured.size),
             "vae_scales": captured.vae_scales,
             "options": options,
-            "thresholds": _digest({name: options[name] for name in ("top_p", "delta")}),
+            "thresholds": _digest(captured.thresholds),
             "sites": [
                 {"name": spec.name, "B": spec.B, "H": spec.H, "N": spec.N, "D": spec.D}
                 for spec in captured.specs

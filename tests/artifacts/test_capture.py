@@ -84,6 +84,15 @@ def test_no_state_tensor_has_one_element():
     assert min(x.numel() for x in make(model, slots=1).examples[3:]) >= 2
 
 
+def test_thresholds_are_constants_of_their_site():
+    table = [[0.5, 0.625], [0.75, 0.875]]
+    captured = make(top_p=table, delta=3)
+    assert captured.thresholds == {"top_p": table, "delta": [[3.0, 3.0]] * 2}
+    for form in ("live", "plain"):
+        held = dict(captured.module(form).named_buffers())
+        assert [held[f"haste_{i}_top_p"].tolist() for i in range(2)] == table
+
+
 def test_a_site_that_stays_dense_has_no_state():
     captured = make(dense_layers=[0])
     assert [spec.name for spec in captured.specs] == ["blocks.1.attn1"]

@@ -91,6 +91,17 @@ def test_a_fresh_process_draws_the_same_video(path: Path, runner: Runner, tmp_pa
     assert torch.equal(torch.load(result), denoise(runner, inputs()))
 
 
+def test_torchscript_without_the_ops_says_which_one_is_missing(artifact: Callable[[str], Path]):
+    code = "import sys, torch; torch.jit.load(sys.argv[1])"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(artifact("torchscript"))],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode != 0 and "Unknown builtin op: haste::refresh_mask_" in done.stderr
+
+
 def test_it_stands_in_for_the_transformer_of_a_pipeline(tmp_path: Path):
     pipe = tiny_wan.build_pipeline()
     request = {

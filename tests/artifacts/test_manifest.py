@@ -84,7 +84,6 @@ def test_the_manifest_says_what_the_artifact_is(original: Path):
 def test_other_thresholds_have_another_hash(original: Path, tmp_path: Path):
     table = [[0.5, 0.6], [0.7, 0.8]]
     found = export("torchscript", tmp_path / "tiny.ts", top_p=table)
-    assert found.options["top_p"] == ((0.5, 0.6), (0.7, 0.8)) or found.options["top_p"] == table
     assert found.thresholds != Manifest.read(original).thresholds
     assert Manifest.read(tmp_path / "tiny.ts").config.top_p == ((0.5, 0.6), (0.7, 0.8))
 
