@@ -230,12 +230,8 @@ def _replace(
     graph, state = gm.graph, []
     for refresh in graph.find_nodes(op="call_function", target=refreshing.op):
         operands = dict(zip(refreshing.fields, refresh.args[2:], strict=True))
-        (attention,) = (
-            user
-            for field in attending.fields[:1]
-            for user in operands[field].users
-            if user.target is attending.op
-        )
+        read = operands[attending.fields[0]]
+        (attention,) = (user for user in read.users if user.target is attending.op)
         with graph.inserting_before(refresh):
             new = graph.call_function(replacement.refresh, refresh.args, refresh.kwargs)
             if not replacement.in_place:
