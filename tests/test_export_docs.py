@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import sys
@@ -89,6 +90,17 @@ def test_shell_commands_run(
         assert load(tmp_path / "wan.pt2", sha256=digest).manifest.size.height == 128
     else:
         assert (tmp_path / "compiled").is_dir() and (tmp_path / "outputs" / "video.mp4").is_file()
+
+
+def test_measured_figures_are_the_recorded_run() -> None:
+    record = json.loads((ROOT / "benchmarks/results/artifact-parity-cpu.json").read_text(encoding="utf-8"))
+    section = DOCS.split("## Measured")[1]
+    assert f"torch {record['torch']}" in section
+    for row in record["rows"]:
+        assert row["relative_error"] <= row["tolerance"] and row["repeats"] and row["same_masks"]
+        assert f"{row['steps']} steps" in section
+        megabytes = f"{row['bytes'] / 1e6:.1f} MB"
+        assert f"| `{row['format']}` | {row['relative_error']:.1e} | yes | {megabytes} |" in section
 
 
 def test_every_format_and_every_named_thing_is_there() -> None:
