@@ -225,7 +225,9 @@ def explain(
 @app.command()
 def export(
     out: Annotated[Path, typer.Option(help="The artifact to write; its manifest gets .json after the name.")],
-    format: Annotated[str, typer.Option(help="aoti or torchscript; see docs/export.md.")] = "aoti",
+    format: Annotated[
+        str, typer.Option(help="aoti, onnx, tensorrt or torchscript; see docs/export.md.")
+    ] = "aoti",
     model: _Model = None,
     component: Annotated[str | None, typer.Option(help="Which transformer, for Wan 2.2's two.")] = None,
     height: _Height = None,

@@ -55,6 +55,8 @@ __all__ = ["FORMATS", "Manifest", "Runner", "Size", "export", "load"]
 #: Format -> the module that writes and opens it; imported when it is asked for.
 FORMATS = {
     "aoti": "haste_compile.artifacts.aoti",
+    "onnx": "haste_compile.artifacts.onnx",
+    "tensorrt": "haste_compile.artifacts.tensorrt",
     "torchscript": "haste_compile.artifacts.torchscript",
 }
 

@@ -44,3 +44,19 @@ class Format(Protocol):
     def open_(self, manifest: Manifest, path: Path, device: torch.device) -> Call:
         """Make the files that ``write`` made callable on ``device``."""
         ...
+
+
+class StateInTurns:
+    """Output tensors for a runtime that does not update state in place: two sets, used in turns.
+
+    What a call has read, the next call may overwrite: by then the runner holds what came out.
+    """
+
+    def __init__(self) -> None:
+        self._spare: list[Tensor] = []
+
+    def outputs_for(self, state: Sequence[Tensor]) -> list[Tensor]:
+        """Tensors for the new state of a call that reads ``state``; they share no memory with it."""
+        outputs = self._spare or [torch.empty_like(x) for x in state]
+        self._spare = list(state)
+        return outputs

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from artifact_case import export
 
-NAMES = {"torchscript": "tiny.ts", "aoti": "tiny.pt2"}
+NAMES = {"torchscript": "tiny.ts", "aoti": "tiny.pt2", "onnx": "tiny.onnx"}
 
 
 @pytest.fixture(scope="session")
