@@ -115,6 +115,7 @@ def compare(args: argparse.Namespace, request: Request, options: dict[str, Any])
                     "load_s": max(found["load_s"] for found in results),
                     "steps": request.steps,
                     **expected[requests[0].seed],
+                    "artifact_density": results[0]["density"],
                 }
             )
             print(line(rows[-1]), flush=True)
