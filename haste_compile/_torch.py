@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -64,6 +65,38 @@ def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
         if hasattr(gm, name):
             setattr(twin, name, getattr(gm, name))
     return twin
+
+
+def flat_module(program: torch.export.ExportedProgram) -> fx.GraphModule:
+    """An exported program as a module that takes its tensors by position and returns a tuple of tensors.
+
+    ``ExportedProgram.module()`` unpacks nested arguments around its graph, which is flat already, and checks
+    them in a hook; both stay behind. Arguments that are no tensors were baked in: nobody uses them.
+    """
+    gm = copy_graph(cast(fx.GraphModule, program.module(check_guards=False)))
+    for node in gm.graph.find_nodes(op="placeholder"):
+        if not isinstance(fake_value(node), Tensor):
+            gm.graph.erase_node(node)
+    gm.graph.set_codegen(fx.graph.CodeGen())
+    gm.recompile()
+    return gm
+
+
+def aoti_package(program: torch.export.ExportedProgram, path: Path, *, metadata: Mapping[str, str]) -> None:
+    """Compile an exported program with AOTInductor into one ``.pt2`` file that carries ``metadata``."""
+    import torch._inductor
+
+    torch._inductor.aoti_compile_and_package(
+        program, package_path=str(path), inductor_configs={"aot_inductor.metadata": dict(metadata)}
+    )
+
+
+def aoti_load(path: Path, device: torch.device) -> Callable[..., Any]:
+    """The function of tensors in a ``.pt2`` file."""
+    import torch._inductor
+
+    index = -1 if device.index is None else device.index
+    return torch._inductor.aoti_load_package(str(path), device_index=index)
 
 
 def is_fragment(gm: fx.GraphModule) -> bool:
@@ -283,6 +316,19 @@ def undo_compile(module: nn.Module) -> None:
 def compile_counts() -> tuple[int, int]:
     """Graphs that Dynamo compiled, and graph breaks that it met, in this process so far."""
     return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+
+
+def caches_graphs() -> bool:
+    """Whether Inductor keeps compiled graphs on disk."""
+    from torch._inductor import config
+
+    return bool(config.fx_graph_cache and not config.force_disable_caches)
+
+
+def graph_cache_counts() -> tuple[int, int, int]:
+    """Graphs that Inductor took from its cache, compiled, and refused to cache, in this process so far."""
+    found = counters["inductor"]
+    return found["fxgraph_cache_hit"], found["fxgraph_cache_miss"], found["fxgraph_cache_bypass"]
 
 
 def through_dynamo(error: HasteError) -> HasteError:

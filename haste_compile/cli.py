@@ -58,6 +58,9 @@ _Options = Annotated[
 _Predictor = Annotated[
     str | None, typer.Option(help="What makes the masks; the same as -o predictor=NAME. Default: xattention.")
 ]
+_Cache = Annotated[
+    Path | None, typer.Option(help="Folder that keeps what is compiled; the next run starts warm.")
+]
 _Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, nothing else.")]
 
 _errors = Console(stderr=True)
@@ -117,12 +120,14 @@ def generate(
     device: _Device = None,
     predictor: _Predictor = None,
     option: _Options = None,
+    cache: _Cache = None,
     as_json: _Json = False,
 ) -> None:
     """Generate one video with your own model.
 
     With `--dense` the same compiled pipeline runs without HASTE.
     """
+    from haste_compile.compile_cache import warm_start
     from haste_compile.generation import default_options
     from haste_compile.generation import generate as run
     from haste_compile.loading import NANO_WAN, default_dtype, import_optional, load_pipeline, pick_device
@@ -144,6 +149,8 @@ def generate(
             fix="Drop one of them.",
         )
     target = pick_device(device)
+    if cache is not None:
+        warm_start(cache)
     with new_file(out) as path, _progress() as report:
         report("loading", 0, 1)
         pipe = load_pipeline(chosen, device=target, dtype=default_dtype(target))
@@ -213,6 +220,55 @@ def explain(
         return
     for name, explanation in explanations.items():
         print(f"{name}: {explanation}")
+
+
+@app.command()
+def export(
+    out: Annotated[Path, typer.Option(help="The artifact to write; its manifest gets .json after the name.")],
+    format: Annotated[
+        str, typer.Option(help="aoti, onnx, tensorrt or torchscript; see docs/export.md.")
+    ] = "aoti",
+    model: _Model = None,
+    component: Annotated[str | None, typer.Option(help="Which transformer, for Wan 2.2's two.")] = None,
+    height: _Height = None,
+    width: _Width = None,
+    frames: _Frames = None,
+    device: _Device = None,
+    predictor: _Predictor = None,
+    option: _Options = None,
+    as_json: _Json = False,
+) -> None:
+    """Write a transformer as an artifact for deployment: one video size, thresholds baked in.
+
+    `haste_compile.load` runs it in place of the transformer; it asks for the digest printed here.
+    """
+    from haste_compile.artifacts import export as run
+    from haste_compile.generation import default_options, default_request
+    from haste_compile.loading import NANO_WAN, default_dtype, load_pipeline, pick_device
+
+    chosen = model or NANO_WAN
+    size = default_request(chosen)
+    options = {**default_options(chosen), **_given(predictor, option)}
+    target = pick_device(device)
+    with _progress() as report:
+        report("loading", 0, 1)
+        pipe = load_pipeline(chosen, device=target, dtype=default_dtype(target))
+        report(f"exporting as {format}", 0, 1)
+        manifest = run(
+            pipe,
+            out,
+            format=format,
+            height=height or size.height,
+            width=width or size.width,
+            num_frames=frames or size.frames,
+            component=component,
+            **options,
+        )
+    if as_json:
+        print(json.dumps(dataclasses.asdict(manifest), indent=2))
+        return
+    print(f"{out}: {manifest.format} for {manifest.size}, {len(manifest.sites)} attention sites rewritten")
+    print(f"sha256 {manifest.digest}")
 
 
 @app.command()

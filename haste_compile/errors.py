@@ -71,3 +71,23 @@ class DeviceError(HasteError):
 
 class DependencyError(HasteError):
     """An optional package is missing or has a version that is not supported."""
+
+
+class ArtifactError(HasteError):
+    """A transformer cannot be exported in the form that was asked for."""
+
+
+class ArtifactFileError(ArtifactError):
+    """A file of an artifact is missing, incomplete or not what its manifest says."""
+
+
+class ArtifactVersionError(ArtifactError):
+    """An artifact was made by, or for, a version that does not run it here."""
+
+
+class ArtifactTrustError(ArtifactError):
+    """An artifact holds executable code and nobody vouched for it."""
+
+
+class ArtifactSizeError(ArtifactError):
+    """An artifact was called for another video size, batch or text length than it was exported for."""

@@ -162,19 +162,25 @@ def _in_prospect(report: GraphReport) -> GraphReport:
     )
 
 
-def example_inputs(transformer: nn.Module, latent_size: tuple[int, int, int]) -> dict[str, Any]:
+def example_inputs(
+    transformer: nn.Module,
+    latent_size: tuple[int, int, int],
+    *,
+    batch: int = 1,
+    text_tokens: int = TEXT_TOKENS,
+) -> dict[str, Any]:
     """Keyword arguments of one call of a Wan transformer, zeros, for latents of [frames, height, width]."""
     config: Any = transformer.config
     device = next(transformer.parameters()).device
     make = {"device": device, "dtype": transformer.dtype}  # diffusers' dtype passes over float32 norms
     inputs: dict[str, Any] = {
-        "hidden_states": torch.zeros(1, config.in_channels, *latent_size, **make),
-        "timestep": torch.zeros(1, device=device),
-        "encoder_hidden_states": torch.zeros(1, TEXT_TOKENS, config.text_dim, **make),
+        "hidden_states": torch.zeros(batch, config.in_channels, *latent_size, **make),
+        "timestep": torch.zeros(batch, device=device),
+        "encoder_hidden_states": torch.zeros(batch, text_tokens, config.text_dim, **make),
         "return_dict": False,
     }
     if config.image_dim is not None:
-        inputs["encoder_hidden_states_image"] = torch.zeros(1, IMAGE_TOKENS, config.image_dim, **make)
+        inputs["encoder_hidden_states_image"] = torch.zeros(batch, IMAGE_TOKENS, config.image_dim, **make)
     return inputs
 
 

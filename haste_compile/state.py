@@ -138,6 +138,10 @@ class HasteState(nn.Module):
         """The buffer of a site's field; ``ctl`` belongs to the clock and to no site."""
         return self.clock.ctl if field == "ctl" else self.get_buffer(f"{field}_{site}")
 
+    def replace(self, site: int, field: str, tensor: Tensor) -> None:
+        """Put another tensor in a field's place, for runtimes that return new state."""
+        setattr(self, f"{field}_{site}", tensor)
+
     def reset(self) -> None:
         """Forget every mask, all that it was made from, and every count; thresholds stay."""
         for name, buffer in self.named_buffers(recurse=False):
@@ -231,7 +235,7 @@ class Attachment:
 
     def clock(self, device: torch.device) -> Clock:
         if device not in self._clocks:
-            self._clocks[device] = _clock_for(self.config, device)
+            self._clocks[device] = clock_for(self.config, device)
         return self._clocks[device]
 
     def _tick(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -292,7 +296,7 @@ def _make_state(
         _refuse_steps_without_clock(config)
     if sees_clock or attached is None:
         return HasteState(
-            specs, config, clock=_clock_for(config, device), rows=(range(len(specs)), len(specs))
+            specs, config, clock=clock_for(config, device), rows=(range(len(specs)), len(specs))
         )
     attachment, index = attached
     if config != attachment.config:
@@ -334,7 +338,8 @@ def path_prefix(parameter: Tensor) -> str:
     return f"blocks.{attached[1]}." if attached else ""
 
 
-def _clock_for(config: HasteConfig, device: torch.device) -> Clock:
+def clock_for(config: HasteConfig, device: torch.device) -> Clock:
+    """A clock that follows the options."""
     rule, k = config.reuse_rule
     return Clock(
         slots=config.slots,

@@ -50,16 +50,20 @@ def pack_bits(kept: Tensor) -> Tensor:
     key_blocks = kept.shape[-1]
     padding = words(key_blocks) * BITS - key_blocks
     bits = torch.nn.functional.pad(kept, (0, padding)).unflatten(-1, (-1, BITS))
-    weights = torch.ones((), dtype=torch.int64, device=kept.device) << torch.arange(BITS, device=kept.device)
-    # Summed in int64, where bit 31 is positive; the conversion wraps it to int32's sign bit.
+    # Bit 31 is the sign bit: with its weight negative every sum is an int32, and nothing has to wrap.
+    weights = torch.tensor([1 << j for j in range(BITS - 1)] + [-(1 << BITS - 1)], device=kept.device)
     return (bits * weights).sum(-1).to(torch.int32)
 
 
 def unpack_bits(bits: Tensor, key_blocks: int) -> Tensor:
-    """Bits, int32 [..., W], to bool [..., Tk]."""
-    shifts = torch.arange(BITS, dtype=torch.int32, device=bits.device)
-    # The shift of a negative word copies its sign bit from the left, and "& 1" drops the copies.
-    return ((bits.unsqueeze(-1) >> shifts) & 1).flatten(-2)[..., :key_blocks].bool()
+    """Bits, int32 [..., W], to bool [..., Tk].
+
+    Arithmetic instead of shifts, which ONNX has for unsigned integers only: bit j is set where the word
+    modulo 2^(j+1) is at least 2^j. The remainder is that of floor division, so a negative word counts as
+    what it is modulo 2^32.
+    """
+    half = torch.tensor([1 << j for j in range(BITS)], device=bits.device)
+    return (bits.long().unsqueeze(-1) % (2 * half) >= half).flatten(-2)[..., :key_blocks]
 
 
 def block_tokens(tokens: int, block: int, blocks: int, device: torch.device) -> Tensor:

@@ -168,7 +168,7 @@ def _refresh_cpu(
     counters[slot] = new_counters
 
 
-def _refresh_cuda(
+def refresh_cuda(
     q: Tensor,
     k: Tensor,
     top_p: Tensor,
@@ -187,6 +187,7 @@ def _refresh_cuda(
     gate_high: float = 0.8,
     relative: bool = False,
 ) -> None:
+    """The CUDA implementation; a public name because ``kernels.traced`` traces it."""
     _check_refresh(q, k, top_p, delta, ctl, mask, anchors, counters, block, stride, reuse, interval)
     from haste_compile.kernels.block_scores import kernel as block_scores
     from haste_compile.kernels.drift_gate import kernel as drift_gate
@@ -326,7 +327,7 @@ def _check_state(q: Tensor, mask: Tensor, ctl: Tensor, block: int) -> None:
 
 
 torch.library.impl("haste::refresh_mask_", "cpu", _refresh_cpu)
-torch.library.impl("haste::refresh_mask_", "cuda", _refresh_cuda)
+torch.library.impl("haste::refresh_mask_", "cuda", refresh_cuda)
 torch.library.register_fake("haste::refresh_mask_", _refresh_fake)
 torch.library.impl("haste::block_sparse_attention", "cpu", _attention_cpu)
 torch.library.impl("haste::block_sparse_attention", "cuda", _attention_cuda)

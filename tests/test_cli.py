@@ -77,6 +77,8 @@ def test_version(haste) -> None:
         (["explain", "-o", "block_size=100"], "OptionError", "64, 128"),
         (["generate", "--prompt", "x", "--model", "/no/such/model"], "ModelPathError", "nothing there"),
         (["generate", "--prompt", "x", "--dense", "-o", "top_p=0.5"], "OptionError", "one of the two"),
+        (["export", "--out", "x.pt2", "--format", "flash"], "OptionError", "'torchscript'"),
+        (["export", "--out", "x.pt2", "--model", "/no/such/model"], "ModelPathError", "nothing there"),
     ],
 )
 def test_bad_input(haste, tmp_path: Path, monkeypatch, arguments: list[str], error: str, says: str) -> None:

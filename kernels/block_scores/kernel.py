@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from haste_compile.kernels.launching import launchable
+
 #: Bytes that the log-sum-exps may take (12 heads of 75,600 tokens: 134 MB); more heads are scored in turns.
 SCRATCH_BYTES = 1 << 28
 
@@ -173,14 +175,14 @@ def block_scores(q: Tensor, k: Tensor, flags: Tensor, *, block: int, stride: int
     tiles = triton.cdiv(groups, tile.queries) * triton.cdiv(groups, tile.keys)
     for first in range(0, batch * heads, turn):
         present = min(turn, batch * heads - first)
-        group_lse_kernel[(tiles, present)](
+        launchable(group_lse_kernel)[(tiles, present)](
             q, k, flags, lse, *q.stride()[:3], *k.stride()[:3], first, heads, tokens,
             math.log2(math.e) / (math.sqrt(dim) * stride),
             STRIDE=stride, PER_BLOCK=block // stride, D=dim,
             QUERIES=tile.queries, KEYS=tile.keys, FEATURES=tile.features, SWIZZLE=8,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
-        normalise_kernel[(blocks, present)](
+        launchable(normalise_kernel)[(blocks, present)](
             lse, flags, scores, first, tokens,
             STRIDE=stride, PER_BLOCK=block // stride, TILE=128, num_warps=4,
         )  # fmt: skip

@@ -26,6 +26,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from haste_compile.errors import InputError
 from haste_compile.kernels.block_mask import BlockMask
 from haste_compile.kernels.block_sparse_attention.launch import Launch, choose_launch
+from haste_compile.kernels.launching import launchable
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
@@ -178,7 +179,7 @@ def _start(
     batch, heads, tokens, dim = q.shape
     query_blocks, key_blocks = mask.indices.shape[2:]
     triton.set_allocator(lambda size, _alignment, _stream: q.new_empty(size, dtype=torch.int8))
-    block_sparse_attention_kernel[(query_blocks, heads, batch)](
+    launchable(block_sparse_attention_kernel)[(query_blocks, heads, batch)](
         q,
         _descriptor(k, mask.block) if launch.tma else k,
         _descriptor(v, mask.block) if launch.tma else v,

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from haste_compile.kernels.launching import launchable
 from haste_compile.kernels.layout import COUNTER_COLUMNS, Counter, Ctl
 
 _SLOT = tl.constexpr(int(Ctl.SLOT))
@@ -145,7 +146,7 @@ def decide_(
     _, batch, heads, dim = means.shape
     flags = torch.empty(batch, heads, dtype=torch.int32, device=means.device)
     fewest, most = gate_counts(heads, gate_low, gate_high)
-    decide_kernel[(batch,)](
+    launchable(decide_kernel)[(batch,)](
         means, delta, ctl, anchors, counters, flags,
         heads, tokens * tokens, interval, max_age, fewest, most,
         REUSE=reuse, RELATIVE=relative, HEADS=triton.next_power_of_2(heads), D=dim, FEATURES=32, num_warps=4,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from haste_compile.kernels.layout import Counter, Ctl
+from haste_compile.kernels.layout import COUNTER_COLUMNS, Counter, Ctl
 
 
 def decide(
@@ -73,15 +73,19 @@ def decide(
         rebuild = forced
     rebuild = rebuild & sparse
 
-    new = counters.clone()
-    new[..., Counter.EPOCH] = torch.where(rebuild, epoch, counters[..., Counter.EPOCH])
-    new[..., Counter.AGE] = torch.where(rebuild, 0, age + sparse.long())
     refreshes = torch.where(same_video, counters[..., Counter.REFRESHES], 0)
-    new[..., Counter.REFRESHES] = refreshes + rebuild.long()
-    new[..., Counter.CALLS] = torch.where(same_video, counters[..., Counter.CALLS], 0) + 1
+    calls = torch.where(same_video, counters[..., Counter.CALLS], 0)
     kept = torch.where(rebuild, 0, counters[..., Counter.KEPT])
-    new[..., Counter.KEPT] = kept
-    computed = torch.where(sparse, kept, tokens * tokens)
-    new[..., Counter.KEPT_SUM] = torch.where(same_video, counters[..., Counter.KEPT_SUM], 0) + computed
-    new[..., Counter.SEEN] = epoch
+    kept_sum = torch.where(same_video, counters[..., Counter.KEPT_SUM], 0)
+    columns: dict[int, Tensor] = {
+        Counter.EPOCH: torch.where(rebuild, epoch, counters[..., Counter.EPOCH]),
+        Counter.AGE: torch.where(rebuild, 0, age + sparse.long()),
+        Counter.REFRESHES: refreshes + rebuild.long(),
+        Counter.CALLS: calls + 1,
+        Counter.KEPT: kept,
+        Counter.KEPT_SUM: kept_sum + torch.where(sparse, kept, tokens * tokens),
+        Counter.SEEN: epoch.expand_as(kept),
+    }
+    # Put together and not assigned column by column: an exported graph then holds one node for all.
+    new = torch.stack([columns.get(i, counters[..., i]) for i in range(COUNTER_COLUMNS)], dim=-1)
     return rebuild, torch.where(rebuild[..., None, None], means, anchors), new

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from haste_compile.kernels.launching import launchable
 from haste_compile.kernels.layout import Ctl
 
 _SLOT = tl.constexpr(int(Ctl.SLOT))
@@ -45,7 +46,7 @@ def expand(mask: Tensor, ctl: Tensor, key_blocks: int) -> tuple[Tensor, Tensor]:
     counts = torch.empty(batch, heads, rows, dtype=torch.int32, device=mask.device)
     indices = torch.empty(batch, heads, rows, key_blocks, dtype=torch.int32, device=mask.device)
     padded = max(32, triton.next_power_of_2(key_blocks))
-    expand_kernel[(rows, batch * heads)](
+    launchable(expand_kernel)[(rows, batch * heads)](
         mask, ctl, counts, indices, key_blocks, words, BLOCKS=padded, num_warps=choose_warps(padded)
     )
     return counts, indices

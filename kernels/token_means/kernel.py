@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from haste_compile.kernels.launching import launchable
+
 #: Tokens that one program sums. 148 programs a head at 75,600 tokens: enough to fill any GPU.
 CHUNK = 512
 
@@ -77,8 +79,8 @@ def token_means(q: Tensor, k: Tensor) -> Tensor:
     chunks = triton.cdiv(tokens, CHUNK)
     sums = torch.empty(2, batch, heads, chunks, dim, dtype=torch.float32, device=q.device)
     means = torch.empty(2, batch, heads, dim, dtype=torch.float32, device=q.device)
-    chunk_sums_kernel[(heads, chunks, 2 * batch)](
+    launchable(chunk_sums_kernel)[(heads, chunks, 2 * batch)](
         q, k, sums, *q.stride()[:3], *k.stride()[:3], tokens, D=dim, CHUNK=CHUNK, TILE=64, num_warps=4
     )
-    combine_kernel[(2 * batch * heads,)](sums, means, chunks, tokens, D=dim, TILE=32, num_warps=4)
+    launchable(combine_kernel)[(2 * batch * heads,)](sums, means, chunks, tokens, D=dim, TILE=32, num_warps=4)
     return means

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from haste_compile.kernels.launching import launchable
 from haste_compile.kernels.layout import COUNTER_COLUMNS, Counter, Ctl
 
 _SLOT = tl.constexpr(int(Ctl.SLOT))
@@ -19,21 +20,16 @@ _KEPT_SUM = tl.constexpr(int(Counter.KEPT_SUM))
 
 
 @triton.jit
-def select_kernel(
-    scores, top_p, flags, ctl, mask, counters, heads, tokens, words,
-    BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
-):  # fmt: skip
-    """Grid (query blocks, B·H). BLOCKS: key blocks rounded up to a power of two, at least 32."""
-    row = tl.program_id(0)
-    rows = tl.num_programs(0)
-    head = tl.program_id(1).to(tl.int64)
-    if tl.load(flags + head) == 0:
-        return
+def keep_top_p(scores, share, rows, words, bits, BLOCKS: tl.constexpr):
+    """Bits of the blocks that one row keeps, written to ``bits``; also the same as booleans [BLOCKS].
+
+    scores: pointer to the row's ``rows`` scores. share: top-p of the head. words: words of a row of bits.
+    """
     key = tl.arange(0, BLOCKS)
-    score = tl.load(scores + (head * rows + row) * rows + key, mask=key < rows, other=0.0)
+    score = tl.load(scores + key, mask=key < rows, other=0.0)
     score = tl.where((score > 0) & (score < float("inf")), score, 0.0)
     pattern = score.to(tl.int32, bitcast=True)
-    target = tl.load(top_p + head % heads) * tl.sum(score, 0)
+    target = share * tl.sum(score, 0)
 
     low = 0
     high = tl.max(pattern, 0)
@@ -52,14 +48,35 @@ def select_kernel(
     kept = above | (tied & (tl.cumsum(tied.to(tl.int32), 0) <= needed))
 
     WORDS: tl.constexpr = BLOCKS // 32
-    bits = tl.reshape(kept.to(tl.int32), [WORDS, 32]) << tl.arange(0, 32)[None, :]
     word = tl.arange(0, WORDS)
-    samples_heads = tl.num_programs(1)
-    state_head = tl.load(ctl + _SLOT).to(tl.int64) * samples_heads + head
-    tl.store(mask + (state_head * rows + row) * words + word, tl.sum(bits, 1), mask=word < words)
+    packed = tl.reshape(kept.to(tl.int32), [WORDS, 32]) << tl.arange(0, 32)[None, :]
+    tl.store(bits + word, tl.sum(packed, 1), mask=word < words)
+    return kept
 
-    real_keys = tl.minimum(tokens - key * BLOCK, BLOCK)
-    pairs = tl.sum(tl.where(kept, real_keys, 0), 0).to(tl.int64) * tl.minimum(tokens - row * BLOCK, BLOCK)
+
+@triton.jit
+def kept_pairs(kept, row, tokens, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
+    """Query-key token pairs of one row of blocks, int64; ragged blocks count their real tokens."""
+    real_keys = tl.minimum(tokens - tl.arange(0, BLOCKS) * BLOCK, BLOCK)
+    return tl.sum(tl.where(kept, real_keys, 0), 0).to(tl.int64) * tl.minimum(tokens - row * BLOCK, BLOCK)
+
+
+@triton.jit
+def select_kernel(
+    scores, top_p, flags, ctl, mask, counters, heads, tokens, words,
+    BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """Grid (query blocks, B·H). BLOCKS: key blocks rounded up to a power of two, at least 32."""
+    row = tl.program_id(0)
+    rows = tl.num_programs(0)
+    head = tl.program_id(1).to(tl.int64)
+    if tl.load(flags + head) == 0:
+        return
+    state_head = tl.load(ctl + _SLOT).to(tl.int64) * tl.num_programs(1) + head
+    bits = mask + (state_head * rows + row) * words
+    share = tl.load(top_p + head % heads)
+    kept = keep_top_p(scores + (head * rows + row) * rows, share, rows, words, bits, BLOCKS)
+    pairs = kept_pairs(kept, row, tokens, BLOCK, BLOCKS)
     # Sums of integers do not depend on the order of the rows: the counters stay deterministic.
     tl.atomic_add(counters + state_head * _COLUMNS + _KEPT, pairs, sem="relaxed")
     tl.atomic_add(counters + state_head * _COLUMNS + _KEPT_SUM, pairs, sem="relaxed")
@@ -85,7 +102,7 @@ def select_(
     """
     batch, heads, blocks, _ = scores.shape
     padded = max(32, triton.next_power_of_2(blocks))
-    select_kernel[(blocks, batch * heads)](
+    launchable(select_kernel)[(blocks, batch * heads)](
         scores, top_p, flags, ctl, mask, counters, heads, tokens, mask.shape[-1],
         BLOCK=block, BLOCKS=padded, num_warps=choose_warps(padded),
     )  # fmt: skip

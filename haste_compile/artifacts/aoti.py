@@ -1,0 +1,90 @@
+"""AOTInductor: machine code in one ``.pt2`` file that runs from Python and from C++ without Python.
+
+On the CPU the "plain" form becomes C++: attention is dense under a mask, so that a step takes the time of a
+dense model and not less. On CUDA the "triton" form carries the live kernels along and skips what they skip.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from haste_compile import _torch
+from haste_compile.artifacts.base import Call, Written
+from haste_compile.artifacts.capture import Captured
+from haste_compile.artifacts.manifest import Manifest
+from haste_compile.errors import ArtifactVersionError, DeviceError, OptionError
+from haste_compile.loading import import_optional
+
+SUFFIX = ".pt2"
+
+
+def write(captured: Captured, path: Path) -> Written:
+    """Compile the graph, weights and all.
+
+    Raises:
+        OptionError: the path does not end in ``.pt2``, which AOTInductor insists on.
+        DependencyError: triton is missing, on CUDA.
+    """
+    if path.suffix != SUFFIX:
+        raise OptionError(
+            found=repr(path.name), wanted=f"a name that ends in {SUFFIX}", where="path", fix="Rename it."
+        )
+    extra = {}
+    if captured.device.type == "cuda":
+        import_optional("triton", extra="gpu")
+        extra["capability"] = list(torch.cuda.get_device_capability(captured.device))
+    program = captured.program("triton" if captured.device.type == "cuda" else "plain")
+    _torch.aoti_package(program, path, metadata=_metadata(captured))
+    return Written((path,), extra=extra)
+
+
+def open_(manifest: Manifest, path: Path, device: torch.device) -> Call:
+    """Load the machine code; on CUDA the state is updated in place, on the CPU it is returned.
+
+    Raises:
+        ArtifactVersionError: made with another torch, or for another kind of GPU.
+        DeviceError: made for CUDA and opened on the CPU, or the other way round.
+    """
+    manifest.require("torch", torch.__version__)
+    if device.type != manifest.device:
+        raise DeviceError(
+            found=f"device {device}",
+            wanted=manifest.device,
+            where=f"the aoti artifact {path}",
+            fix="Machine code is for one kind of device: export it on that one.",
+        )
+    made_for = manifest.extra.get("capability")
+    if made_for is not None and tuple(made_for) != torch.cuda.get_device_capability(device):
+        raise ArtifactVersionError(
+            found=f"kernels for compute capability {'.'.join(map(str, made_for))}",
+            wanted="{}.{}".format(*torch.cuda.get_device_capability(device)),
+            where=f"the aoti artifact {path}",
+            fix="Export it on a GPU of this kind.",
+        )
+    package = _torch.aoti_load(path, device)
+
+    def call(inputs: Sequence[Tensor], state: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
+        sample, *updated = _as_tuple(package(*inputs, *state))
+        return sample, updated or state
+
+    return call
+
+
+def _metadata(captured: Captured) -> dict[str, str]:
+    """What a C++ program needs of the manifest, put into the package, where it can be read without JSON."""
+    rule, k = captured.config.reuse_rule
+    lines = (" ".join([x.name, x.dtype, *map(str, x.shape)]) for x in captured.state)
+    return {
+        "haste_device": captured.device.type,
+        "haste_dense_steps": str(captured.config.dense_steps),
+        "haste_rebuild_steps": str(k if rule == "after" else 0),
+        "haste_state": "\n".join(lines),
+    }
+
+
+def _as_tuple(outputs: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
+    return (outputs,) if isinstance(outputs, Tensor) else outputs
