@@ -156,7 +156,7 @@ def attend(
         InputError: a dtype, stride, block, head dim or scale that the kernel does not take.
     """
     dim = q.shape[-1]
-    _check(q, k, v, mask, block, scale)
+    check_inputs(q, k, v, mask, block, scale)
     out = torch.empty_like(q) if out is None else out
     lse = q.new_empty(q.shape[:3], dtype=torch.float32) if lse is None else lse
     launch = launch or choose_launch(
@@ -164,7 +164,7 @@ def attend(
         block=block,
         dim=dim,
         itemsize=q.element_size(),
-        tma_ready=all(map(_tma_ready, (q, k, v))),
+        tma_ready=all(map(tma_ready, (q, k, v))),
     )
     # Each program makes its descriptor of Q in scratch memory, for which Triton asks an allocator kept in a
     # context variable. Set in a copy of the context, ours does not meet anybody else's kernels.
@@ -202,12 +202,14 @@ def _descriptor(x: Tensor, block: int) -> TensorDescriptor:
     return TensorDescriptor(x, list(x.shape), [*strides[:3], 1], [1, 1, block, x.shape[-1]])
 
 
-def _tma_ready(x: Tensor) -> bool:
+def tma_ready(x: Tensor) -> bool:
+    """Whether a TMA descriptor can describe x: address and strides of whole 16 bytes."""
     steps = (step for step, size in zip(x.stride()[:3], x.shape, strict=False) if size > 1)
     return x.data_ptr() % 16 == 0 and all(step * x.element_size() % 16 == 0 for step in steps)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, block: int, scale: float) -> None:
+def check_inputs(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, block: int, scale: float) -> None:
+    """Raise InputError for inputs that no form of the kernel takes."""
     where = "kernel of block_sparse_attention"
     dtypes = (torch.bfloat16, torch.float16) if q.is_cuda else (torch.float16, torch.float32)
     if q.dtype not in dtypes or k.dtype != q.dtype or v.dtype != q.dtype:

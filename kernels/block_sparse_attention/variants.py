@@ -11,7 +11,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from haste_compile.kernels.block_mask import BlockMask
-from haste_compile.kernels.block_sparse_attention import kernel
+from haste_compile.kernels.block_sparse_attention import hopper, kernel
 from haste_compile.kernels.block_sparse_attention.launch import Launch
 
 #: (q, k, v, mask, block=, scale=) -> out, lse.
@@ -51,10 +51,26 @@ def _launched(launch: Launch | None) -> Attend:
     return attend
 
 
+def _scheduled(schedule: hopper.Schedule) -> Attend:
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, *, block: int, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        return hopper.attend(q, k, v, mask, block=block, scale=scale, schedule=schedule)
+
+    return attend
+
+
 VARIANTS: dict[str, Variant] = {
     "triton": Variant(_launched(None), (), (64, 128), confirmed=True),
     "triton, pointers": Variant(
         _launched(Launch(tma=False, warp_specialize=False, num_warps=8, num_stages=2)),
         (8, 9), (64, 128), confirmed=True,
+    ),
+    "gluon": Variant(_scheduled(hopper.Schedule()), (9,), (128,), confirmed=False),
+    "gluon, no turns": Variant(
+        _scheduled(hopper.Schedule(in_turns=False)), (9,), (128,), confirmed=False
+    ),
+    "gluon, 3 stages": Variant(
+        _scheduled(hopper.Schedule(stages=3, q_stages=1)), (9,), (128,), confirmed=False
     ),
 }  # fmt: skip
