@@ -3,10 +3,10 @@
     python -m benchmarks.compile_time --json compile-time.json              # CPU: a small Wan transformer
     python -m benchmarks.compile_time --device cuda --layers 30 --heads 12 --dim 128 --tokens 480p
 
-Every figure is the first call of a fresh process with empty caches, less a second call; Dynamo and Inductor have
-compiled a small function before, so that their own start is not counted. Compilation stays in the process. The
-two sides alternate. CPU seconds, of the process and of the C++ compilers that it starts, are shown beside wall
-time: on a machine that does other things they are the steadier figure.
+Every figure is the first call of a fresh process with empty caches, less a second call; Dynamo and Inductor
+have compiled a small function before, so that their own start is not counted. Compilation stays in the
+process. The two sides alternate. CPU seconds, of the process and of the C++ compilers that it starts, are shown beside
+wall time: on a machine that does other things they are the steadier figure.
 """
 
 from __future__ import annotations

@@ -19,18 +19,11 @@ _KEPT_SUM = tl.constexpr(int(Counter.KEPT_SUM))
 
 
 @triton.jit
-def select_kernel(
-    scores, top_p, flags, ctl, mask, counters, heads, tokens, words,
+def keep_top_p(
+    score, key, row, rows, head, samples_heads, top_p, ctl, mask, counters, heads, tokens, words,
     BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Grid (query blocks, B·H). BLOCKS: key blocks rounded up to a power of two, at least 32."""
-    row = tl.program_id(0)
-    rows = tl.num_programs(0)
-    head = tl.program_id(1).to(tl.int64)
-    if tl.load(flags + head) == 0:
-        return
-    key = tl.arange(0, BLOCKS)
-    score = tl.load(scores + (head * rows + row) * rows + key, mask=key < rows, other=0.0)
+    """Select from one row of scores in registers, fp32 [BLOCKS], and write its bits and its token pairs."""
     score = tl.where((score > 0) & (score < float("inf")), score, 0.0)
     pattern = score.to(tl.int32, bitcast=True)
     target = tl.load(top_p + head % heads) * tl.sum(score, 0)
@@ -54,7 +47,6 @@ def select_kernel(
     WORDS: tl.constexpr = BLOCKS // 32
     bits = tl.reshape(kept.to(tl.int32), [WORDS, 32]) << tl.arange(0, 32)[None, :]
     word = tl.arange(0, WORDS)
-    samples_heads = tl.num_programs(1)
     state_head = tl.load(ctl + _SLOT).to(tl.int64) * samples_heads + head
     tl.store(mask + (state_head * rows + row) * words + word, tl.sum(bits, 1), mask=word < words)
 
@@ -63,6 +55,25 @@ def select_kernel(
     # Sums of integers do not depend on the order of the rows: the counters stay deterministic.
     tl.atomic_add(counters + state_head * _COLUMNS + _KEPT, pairs, sem="relaxed")
     tl.atomic_add(counters + state_head * _COLUMNS + _KEPT_SUM, pairs, sem="relaxed")
+
+
+@triton.jit
+def select_kernel(
+    scores, top_p, flags, ctl, mask, counters, heads, tokens, words,
+    BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """Grid (query blocks, B·H). BLOCKS: key blocks rounded up to a power of two, at least 32."""
+    row = tl.program_id(0)
+    rows = tl.num_programs(0)
+    head = tl.program_id(1).to(tl.int64)
+    if tl.load(flags + head) == 0:
+        return
+    key = tl.arange(0, BLOCKS)
+    score = tl.load(scores + (head * rows + row) * rows + key, mask=key < rows, other=0.0)
+    keep_top_p(
+        score, key, row, rows, head, tl.num_programs(1), top_p, ctl, mask, counters, heads, tokens, words,
+        BLOCK, BLOCKS,
+    )  # fmt: skip
 
 
 def select_(

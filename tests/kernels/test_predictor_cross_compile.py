@@ -18,6 +18,7 @@ from haste_compile.kernels.cross_compile import (  # noqa: E402
 from haste_compile.kernels.drift_gate import kernel as drift_gate  # noqa: E402
 from haste_compile.kernels.expand_mask import kernel as expand_mask  # noqa: E402
 from haste_compile.kernels.token_means import kernel as token_means  # noqa: E402
+from haste_compile.kernels.top_p_select import fused  # noqa: E402
 from haste_compile.kernels.top_p_select import kernel as top_p_select  # noqa: E402
 
 STRIDES = {f"stride_{x}{axis}": "i64:16" for x in "qk" for axis in "bhn"}
@@ -86,6 +87,14 @@ def other_requests(target: str) -> list[Request]:
                 kernel_name(top_p_select.select_kernel),
                 selection,
                 {"BLOCK": 128, "BLOCKS": padded},
+                target,
+                top_p_select.choose_warps(padded),
+            ),
+            Request(
+                kernel_name(fused.select_from_lse_kernel),
+                {name: kind for name, kind in selection.items() if name != "scores"}
+                | {"lse": "*fp32:16", "first": "i32", "samples_heads": "i32"},
+                {"STRIDE": 16, "PER_BLOCK": 8, "BLOCK": 128, "BLOCKS": padded},
                 target,
                 top_p_select.choose_warps(padded),
             ),
