@@ -5,8 +5,8 @@
 
 Every figure is the first call of a fresh process with empty caches, less a second call; Dynamo and Inductor
 have compiled a small function before, so that their own start is not counted. Compilation stays in the
-process. The two sides alternate. CPU seconds, of the process and of the C++ compilers that it starts, are shown beside
-wall time: on a machine that does other things they are the steadier figure.
+process. The two sides alternate. CPU seconds, of the process and of the C++ compilers that it starts, are
+shown beside wall time: on a machine that does other things they are the steadier figure.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ def block_sparse_attention_kernel(
     stride_ob, stride_oh, stride_on,
     tokens, key_blocks, scale,
     BLOCK: tl.constexpr, D: tl.constexpr, RAGGED: tl.constexpr,
-    TMA: tl.constexpr, WARP_SPECIALIZE: tl.constexpr,
+    TMA: tl.constexpr, WARP_SPECIALIZE: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Attend one query block. Grid (Tq, H, B): rows of a head run side by side and meet in L2 on its K and V.
 
@@ -68,6 +68,7 @@ def block_sparse_attention_kernel(
         counts, indices: pointers to int32 [B, H, Tq] and [B, H, Tq, key_blocks], contiguous.
         tokens: N. key_blocks: Tk. scale: factor of q·k, > 0.
         RAGGED: N is no multiple of BLOCK.
+        PARTS: steps that a key block takes, each of BLOCK / PARTS keys; 1 with ``TMA``.
     """
     block_row = tl.program_id(0)
     head = tl.program_id(1)
@@ -77,6 +78,7 @@ def block_sparse_attention_kernel(
     row_indices = indices + row * key_blocks
     start = block_row * BLOCK
     columns = tl.arange(0, BLOCK)
+    KEYS: tl.constexpr = BLOCK // PARTS
 
     if TMA:
         rows_of_head = tl.make_tensor_descriptor(
@@ -89,27 +91,30 @@ def block_sparse_attention_kernel(
     if RAGGED:
         # Indices ascend, so only the last step can meet the block that reaches past the last token.
         ragged_step = tl.where(tl.load(row_indices + kept - 1) == key_blocks - 1, kept - 1, -1)
-        penalty = tl.where(columns < tokens - (key_blocks - 1) * BLOCK, 0.0, _NO_KEY)
+        keys_left = tokens - (key_blocks - 1) * BLOCK
+        penalty = tl.where(tl.arange(0, KEYS) < keys_left, 0.0, _NO_KEY)
 
     # Scores are kept in units of log2: exp2 then needs no multiplication by log2(e) for every score.
     scale_log2 = scale * _LOG2_E
     row_max = tl.full([BLOCK], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK], tl.float32)
     accumulator = tl.zeros([BLOCK, D], tl.float32)
-    for step in tl.range(0, kept, warp_specialize=WARP_SPECIALIZE):
-        key_start = tl.load(row_indices + step) * BLOCK
-        keys = _load_rows(k, batch, head, key_start, stride_kb, stride_kh, stride_kn, tokens, BLOCK, D, TMA)
+    for step in tl.range(0, kept * PARTS, warp_specialize=WARP_SPECIALIZE):
+        key_start = tl.load(row_indices + step // PARTS) * BLOCK + step % PARTS * KEYS
+        keys = _load_rows(k, batch, head, key_start, stride_kb, stride_kh, stride_kn, tokens, KEYS, D, TMA)
         scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
         if RAGGED:
             # A multiplication a column, which becomes the initial accumulator of the product, is cheaper
             # than a comparison and a selection a score.
-            scores += penalty[None, :] * (step == ragged_step).to(tl.float32)
+            if PARTS > 1:
+                penalty = tl.where(tl.arange(0, KEYS) < keys_left - step % PARTS * KEYS, 0.0, _NO_KEY)
+            scores += penalty[None, :] * (step // PARTS == ragged_step).to(tl.float32)
         new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2)
         weights = tl.exp2(scores * scale_log2 - new_max[:, None])
         rescale = tl.exp2(row_max - new_max)
         row_sum = row_sum * rescale + tl.sum(weights, 1)
         accumulator = accumulator * rescale[:, None]
-        values = _load_rows(v, batch, head, key_start, stride_vb, stride_vh, stride_vn, tokens, BLOCK, D, TMA)
+        values = _load_rows(v, batch, head, key_start, stride_vb, stride_vh, stride_vn, tokens, KEYS, D, TMA)
         accumulator = tl.dot(weights.to(values.dtype), values, accumulator, input_precision="ieee")
         row_max = new_max
 
@@ -190,6 +195,7 @@ def _start(
         RAGGED=tokens % mask.block != 0,
         TMA=launch.tma,
         WARP_SPECIALIZE=launch.warp_specialize,
+        PARTS=launch.parts,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
     )  # fmt: skip

@@ -63,7 +63,7 @@ def _scheduled(schedule: hopper.Schedule) -> Attend:
 VARIANTS: dict[str, Variant] = {
     "triton": Variant(_launched(None), (), (64, 128), confirmed=True),
     "triton, pointers": Variant(
-        _launched(Launch(tma=False, warp_specialize=False, num_warps=8, num_stages=2)),
+        _launched(Launch(tma=False, warp_specialize=False, num_warps=8, num_stages=2, parts=2)),
         (8, 9), (64, 128), confirmed=True,
     ),
     "gluon": Variant(_scheduled(hopper.Schedule()), (9,), (128,), confirmed=False),
