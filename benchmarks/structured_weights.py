@@ -209,7 +209,12 @@ def build_transformer(
         embedder.time_embedder.linear_2.weight.normal_(0.0, width**-0.5)
         embedder.time_embedder.linear_2.bias.zero_()
         embedder.time_proj.weight[:width].normal_(0.0, 3.0 * TIMESTEP * width**-0.5)
-    return transformer.to(dtype)
+    # As `from_pretrained` does: norms, modulation and rotary tables stay in float32.
+    kept = set(transformer._keep_in_fp32_modules or ())
+    for name, tensor in [*transformer.named_parameters(), *transformer.named_buffers()]:
+        if not kept & set(name.split(".")):
+            tensor.data = tensor.data.to(dtype)
+    return transformer
 
 
 def _structure(block: nn.Module, layer: int, heads: int, dim: int, factor: float) -> None:
