@@ -107,12 +107,16 @@ def examine(tool: str, check: str, case: str, limit: float = LIMIT) -> tuple[int
     return (None if done.returncode and not count else count), output
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--tools", choices=TOOLS, nargs="+", default=list(TOOLS))
     parser.add_argument("--cases", nargs="+", metavar="CASE", help="only these")
     parser.add_argument("--child", metavar="CASE", help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse(arguments)
     if options.child:
         cases("cuda")[options.child]()
         torch.cuda.synchronize()
