@@ -152,8 +152,9 @@ def predict(
 
     problem = make_problem(tokens, heads, 0.25)
     cached = state(problem)
-    top_p = torch.full((max(heads, 2),), 0.9, device="cuda")
-    delta = torch.full((max(heads, 2),), float("inf"), device="cuda")
+    device = problem.q.device
+    top_p = torch.full((max(heads, 2),), 0.9, device=device)
+    delta = torch.full((max(heads, 2),), float("inf"), device=device)
     forced = cached["ctl"].clone()
     forced[Ctl.FORCE] = 1
 
