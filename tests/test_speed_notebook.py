@@ -52,3 +52,26 @@ def test_the_default_kernels_range_is_the_recorded_one() -> None:
     record = json.loads((ROOT / "benchmarks/results/attention-h200.json").read_text(encoding="utf-8"))
     rates = [row["tflops"] for row in record["rows"] if row["what"] == "haste kernel"]
     assert f"{min(rates):.0f}–{max(rates):.0f} TFLOP/s" in NOTEBOOK
+
+
+def test_compile_times_are_the_recorded_ones() -> None:
+    record = json.loads((ROOT / "benchmarks/results/compile-time-cpu.json").read_text(encoding="utf-8"))
+    whole, blocks = record["rows"]
+    text = " ".join(NOTEBOOK.split())
+    assert record["environment"]["torch"] in text
+    assert f"CPU: {whole['cpu_ratio']:.2f}× whole, {blocks['cpu_ratio']:.2f}× blocks" in text
+    assert f"whole model {whole['dense_cpu_s']:.1f} dense and {whole['haste_cpu_s']:.1f} haste" in text
+    assert f"blocks {blocks['dense_cpu_s']:.1f} and {blocks['haste_cpu_s']:.1f}" in text
+    assert f"Wall time, {whole['wall_ratio']:.2f}× and {blocks['wall_ratio']:.2f}×" in text
+    assert max(whole["cpu_ratio"], blocks["cpu_ratio"]) <= 1.15
+
+
+def test_compile_times_are_summarised_by_medians() -> None:
+    compile_time = importlib.import_module("benchmarks.compile_time")
+    times = {
+        "dense": [{"cpu": 10.0, "wall": 5.0}, {"cpu": 20.0, "wall": 9.0}, {"cpu": 12.0, "wall": 4.0}],
+        "haste": [{"cpu": 15.0, "wall": 6.0}, {"cpu": 9.0, "wall": 6.0}, {"cpu": 99.0, "wall": 7.0}],
+    }
+    row = compile_time.summarise("whole", times)
+    assert (row["dense_cpu_s"], row["haste_cpu_s"], row["cpu_ratio"]) == (12.0, 15.0, 1.25)
+    assert (row["dense_wall_s"], row["haste_wall_s"], row["wall_ratio"]) == (5.0, 6.0, 1.2)
