@@ -20,6 +20,7 @@ import pickle
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -34,11 +35,12 @@ class Request:
     """One kernel with one launch configuration.
 
     Attributes:
-        kernel: ``"module:name"`` of a ``@triton.jit`` function.
+        kernel: ``"module:name"`` of a ``@triton.jit`` or ``@gluon.jit`` function.
         signature: type of every argument that is no constexpr, in Triton's spelling (``"*bf16"``, ``"i32"``,
             ``"tensordesc<bf16[1,1,128,128]>"``); a suffix ``":16"`` states divisibility by 16.
         constexprs: value of every constexpr argument.
         target: "sm_90a", "sm_80", ...
+        disassemble: give the machine code too.
     """
 
     kernel: str
@@ -47,6 +49,7 @@ class Request:
     target: str = "sm_90a"
     num_warps: int = 4
     num_stages: int = 2
+    disassemble: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +61,8 @@ class CrossCompiled:
         shared: shared memory a block, bytes.
         registers: per thread, as ptxas allocated them (before ``setmaxnreg`` of a warp-specialised kernel).
         spill_bytes: local memory that ptxas spilled to, stores and loads together.
+        log: what ptxas said.
+        sass: the machine code, where the request asked for it, by the nvdisasm that Triton carries.
         metadata: Triton's own record.
         triton: version of the compiler.
     """
@@ -67,6 +72,8 @@ class CrossCompiled:
     shared: int
     registers: int
     spill_bytes: int
+    log: str
+    sass: str
     metadata: dict[str, Any]
     triton: str
 
@@ -144,8 +151,10 @@ def _serve() -> None:
 
 def _compile(request: Request) -> CrossCompiled:
     import triton
+    from triton import knobs
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     module, name = request.kernel.split(":")
     fn = getattr(importlib.import_module(module), name)
@@ -159,7 +168,8 @@ def _compile(request: Request) -> CrossCompiled:
         signature[argument] = kind
         if divisor:
             attributes[(index,)] = [["tt.divisibility", int(divisor)]]
-    source = ASTSource(fn, signature, request.constexprs, attributes)
+    kind_of_source = GluonASTSource if fn.is_gluon() else ASTSource
+    source = kind_of_source(fn, signature, request.constexprs, attributes)
     capability = int(re.sub(r"\D", "", request.target))
     log = io.StringIO()
     with contextlib.redirect_stdout(log):
@@ -177,6 +187,15 @@ def _compile(request: Request) -> CrossCompiled:
         shared=metadata["shared"],
         registers=max(map(int, registers)),
         spill_bytes=sum(map(int, spills)),
+        log=log.getvalue(),
+        sass=_disassemble(compiled.asm["cubin"], knobs.nvidia.nvdisasm.path) if request.disassemble else "",
         metadata={key: repr(value) for key, value in metadata.items()},
         triton=triton.__version__,
     )
+
+
+def _disassemble(cubin: bytes, nvdisasm: str) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([nvdisasm, file.name], capture_output=True, check=True, text=True).stdout

@@ -1,66 +1,190 @@
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
+import time
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
+from benchmarks import attention, attention_problems, attention_sides
+from benchmarks.attention_problems import Problem, WrongResultError
+from benchmarks.attention_sides import Side
+from benchmarks.interleaving import balanced_rounds, measure
 
-@pytest.fixture(scope="module")
-def benchmark() -> ModuleType:
-    path = Path(__file__).parents[1] / "benchmarks" / "attention.py"
-    spec = importlib.util.spec_from_file_location("benchmark_attention", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up there
-    spec.loader.exec_module(module)
-    return module
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_without_a_gpu_it_says_so_and_exits_with_2(
-    benchmark: ModuleType, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert benchmark.main([]) == 2
+def test_without_a_gpu_it_says_so_and_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert attention.main([]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
     assert "no CUDA device" in printed.err
 
 
-def test_a_wrong_output_is_refused(benchmark: ModuleType) -> None:
-    q, k, v = (torch.randn(1, 200, 2, 128, dtype=torch.bfloat16).transpose(1, 2) for _ in range(3))
-    problem = benchmark.Problem(q, k, v, torch.ones(1, 2, 2, 2, dtype=torch.bool))
-    out = F.scaled_dot_product_attention(q, k, v)
-    assert benchmark.check("SDPA", out, problem) <= 2
+def small_problem(mask: str = "even") -> Problem:
+    """200 tokens, two heads, on the CPU, half of the blocks kept."""
+    return attention_problems.make_problem(200, 2, 0.5, mask, device="cpu")
+
+
+def masked_sdpa(problem: Problem) -> Tensor:
+    of_token = torch.arange(problem.tokens) // attention_problems.BLOCK
+    kept = problem.kept[:, :, of_token][..., of_token]
+    return F.scaled_dot_product_attention(problem.q, problem.k, problem.v, attn_mask=kept)
+
+
+def test_a_wrong_output_is_refused() -> None:
+    problem = small_problem().full()
+    out = F.scaled_dot_product_attention(problem.q, problem.k, problem.v)
+    assert attention_problems.check("SDPA", out, problem) <= 2
     out[0, 1, 150, 7] += 0.1
-    with pytest.raises(benchmark.WrongResultError, match="head 1, query block 1"):
-        benchmark.check("SDPA", out, problem)
+    with pytest.raises(WrongResultError, match="head 1, query block 1"):
+        attention_problems.check("SDPA", out, problem)
     out[0, 1, 150, 7] = float("nan")
-    with pytest.raises(benchmark.WrongResultError, match="error nan"):
-        benchmark.check("SDPA", out, problem)
+    with pytest.raises(WrongResultError, match="error nan"):
+        attention_problems.check("SDPA", out, problem)
 
 
-def test_a_row_counts_kept_pairs(benchmark: ModuleType) -> None:
-    q = torch.zeros(1, 2, 200, 128)
-    problem = benchmark.Problem(q, q, q, torch.eye(2, dtype=torch.bool).expand(1, 2, 2, 2))
+def test_sides_are_checked_first_and_timed_in_one_table() -> None:
+    problem = small_problem()
+    dense = problem.full()
+    stubs = [
+        Side("dense", lambda: F.scaled_dot_product_attention(dense.q, dense.k, dense.v), dense),
+        Side("theirs, wrong", lambda: torch.zeros_like(problem.q), problem),
+        Side("ours", lambda: masked_sdpa(problem), problem, ours=True),
+    ]
+    left_out: dict[str, str] = {}
+    seen: list[Any] = []
+
+    def timer(call: Any) -> float:
+        seen.append(call)
+        return 2.0
+
+    rows = attention.compare(stubs, "even", 3, left_out, timer=timer)
+    assert [r.what for r in rows] == ["dense", "ours"]
+    assert list(left_out) == ["theirs, wrong"] and "error" in left_out["theirs, wrong"]
+    assert set(seen) == {stubs[0].call, stubs[2].call}
+    assert rows[0].density == 1 and rows[0].flops == 4 * 128 * 2 * 200**2
+    assert rows[1].flops == 4 * 128 * problem.pairs() and rows[1].bytes == problem.bytes()
+    assert rows[1].tflops == pytest.approx(rows[1].flops / 2e-3 / 1e12)
+    assert "ours" in attention.line(rows[1]) and "even" in attention.line(rows[1])
+
+
+def test_a_wrong_kernel_of_ours_stops_everything() -> None:
+    problem = small_problem()
+    stub = Side("ours", lambda: torch.zeros_like(problem.q), problem, ours=True)
+
+    def timer(call: Any) -> float:
+        pytest.fail("timed although it is wrong")
+
+    with pytest.raises(WrongResultError, match="ours"):
+        attention.compare([stub], "even", 3, {}, timer=timer)
+
+
+def test_an_output_that_depends_on_dropped_keys_is_refused() -> None:
+    def clean(problem: Problem) -> Tensor:
+        finite = [torch.where(x.isfinite(), x, 0) for x in (problem.k, problem.v)]
+        return masked_sdpa(Problem(problem.q, *finite, problem.kept))
+
+    def problem() -> Problem:
+        return attention_problems.make_problem(600, 1, 0.5, device="cpu")
+
+    attention_problems.check_poison("clean", clean, problem())
+    with pytest.raises(WrongResultError, match="leaky"):
+        attention_problems.check_poison("leaky", masked_sdpa, problem())
+
+
+def test_a_row_counts_kept_pairs_and_bytes() -> None:
+    q = torch.zeros(1, 2, 200, 128, dtype=torch.bfloat16)
+    problem = Problem(q, q, q, torch.eye(2, dtype=torch.bool).expand(1, 2, 2, 2))
     pairs = problem.pairs()
     assert pairs == 2 * (128**2 + 72**2)
-    found = benchmark.row("ours", problem, [3.0, 1.0, 2.0], pairs, 1.0)
+    found = attention.row("ours", problem, [3.0, 1.0, 2.0], "even", 1.0)
     assert found.density == pairs / (2 * 200**2)
     assert (found.milliseconds, found.spread) == (2.0, 2.0)
     assert found.tflops == pytest.approx(4 * 128 * pairs / 2e-3 / 1e12)
+    # q, k, v, out in two bytes, lse in four, a count a row and an index a kept block.
+    assert found.bytes == 4 * (2 * 200 * 128) * 2 + 2 * 200 * 4 + (4 + 4) * 4
+    assert attention.row("predictor", problem, [1.0]).flops is None
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 6, 9])
+def test_every_side_follows_every_other_equally_often(count: int) -> None:
+    orders = balanced_rounds(count)
+    assert all(sorted(order) == list(range(count)) for order in orders)
+    for place in range(count):
+        assert len(set(Counter(order[place] for order in orders).values())) == 1
+    followers = Counter(pair for order in orders for pair in pairwise(order))
+    assert len(followers) == count * (count - 1)
+    assert len(set(followers.values())) <= 1
+
+
+def test_rounds_are_whole_balanced_passes_after_a_warm_up() -> None:
+    called: list[str] = []
+    calls = {name: (lambda name=name: called.append(name)) for name in "abc"}
+
+    def timer(call: Any) -> float:
+        call()
+        return float(len(called))
+
+    times = measure(calls, 7, timer=timer)
+    assert {name: len(found) for name, found in times.items()} == dict.fromkeys("abc", 12)
+    assert called[:6] == list("abcabc")
+    assert len({tuple(called[i : i + 3]) for i in range(6, len(called), 3)}) == 6
+
+
+@pytest.mark.parametrize("mask", attention_problems.MASKS)
+@pytest.mark.parametrize("density", [0.1, 0.25])
+def test_masks_have_the_density_asked_for(mask: str, density: float) -> None:
+    problem = attention_problems.make_problem(8190, 8, density, mask, device="cpu")
+    measured = problem.pairs() / (8 * 8190**2)
+    assert measured == pytest.approx(density, rel=0.2)
+    assert problem.kept.diagonal(dim1=2, dim2=3).all()
+
+
+def test_uneven_rows_spread_tenfold_and_structured_columns_come_in_runs() -> None:
+    counts, runs = {}, {}
+    for mask in attention_problems.MASKS:
+        kept = attention_problems.make_problem(8190, 8, 0.25, mask, device="cpu").kept
+        lengths = kept.sum(-1).float().flatten()
+        counts[mask] = (lengths.quantile(0.95) / lengths.quantile(0.05)).item()
+        runs[mask] = (kept[..., 1:] & kept[..., :-1]).float().sum().item() / kept.float().sum().item()
+    assert counts["uneven"] >= 10 and counts["even"] < 3
+    assert runs["structured"] > 1.5 * runs["even"]
+
+
+def test_an_absent_package_is_a_reason() -> None:
+    with pytest.raises(attention_sides.LeftOutError, match="flash-attn-4 is not installed"):
+        attention_sides.flash_sparse(small_problem())
+
+
+def _answer(argument: str) -> None:
+    if argument != "right":
+        raise ValueError(f"{argument}\nand more")
+
+
+def _hang(argument: str) -> None:
+    time.sleep(600)
+
+
+def test_a_child_that_hangs_or_fails_is_a_reason() -> None:
+    assert attention_sides.in_child(_answer, "right", 60) is None
+    assert attention_sides.in_child(_answer, "wrong", 60) == "ValueError: wrong"
+    started = time.monotonic()
+    reason = attention_sides.in_child(_hang, "", 1)
+    assert reason is not None and "hangs" in reason
+    assert time.monotonic() - started < 30
 
 
 def test_the_readme_gives_the_recorded_run() -> None:
-    root = Path(__file__).parents[1]
-    readme = (root / "README.md").read_text(encoding="utf-8")
-    recorded = json.loads((root / "benchmarks/results/attention-h200.json").read_text(encoding="utf-8"))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    recorded = json.loads((ROOT / "benchmarks/results/attention-h200.json").read_text(encoding="utf-8"))
     for name in ("gpu", "torch", "triton", "date"):
         assert recorded["environment"][name] in readme
     groups: list[dict[str, dict[str, Any]]] = []

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 
 import torch
 import triton
@@ -166,12 +167,31 @@ def block_scores(q: Tensor, k: Tensor, flags: Tensor, *, block: int, stride: int
         fp32 [B, H, T, T] as in the reference; unspecified where the flag is 0. Besides, the call holds at
         most ``SCRATCH_BYTES``, or the 4·N²/(stride·block) bytes of one head where those are more.
     """
+    batch, heads, tokens, _ = q.shape
+    blocks = triton.cdiv(tokens, block)
+    scores = torch.empty(batch, heads, blocks, blocks, dtype=torch.float32, device=q.device)
+    for lse, first, present in group_lses(q, k, flags, block=block, stride=stride):
+        launchable(normalise_kernel)[(blocks, present)](
+            lse, flags, scores, first, tokens,
+            STRIDE=stride, PER_BLOCK=block // stride, TILE=128, num_warps=4,
+        )  # fmt: skip
+    return scores
+
+
+def group_lses(
+    q: Tensor, k: Tensor, flags: Tensor, *, block: int, stride: int
+) -> Iterator[tuple[Tensor, int, int]]:
+    """Launch the GEMM over as many heads at a time as the scratch memory holds.
+
+    Yields:
+        lse: fp32 [heads of this turn, groups, T], log2 of each key block's sum of 2^(score·log2 e), the same
+            memory in every turn; the flat (b, h) of the turn's first head; how many heads are in the turn.
+    """
     batch, heads, tokens, dim = q.shape
     blocks, groups = triton.cdiv(tokens, block), triton.cdiv(tokens, stride)
     tile = choose_tile(_capability(q.device), q.element_size(), block // stride)
     turn = min(batch * heads, max(1, SCRATCH_BYTES // (4 * groups * blocks)))
     lse = torch.empty(turn, groups, blocks, dtype=torch.float32, device=q.device)
-    scores = torch.empty(batch, heads, blocks, blocks, dtype=torch.float32, device=q.device)
     tiles = triton.cdiv(groups, tile.queries) * triton.cdiv(groups, tile.keys)
     for first in range(0, batch * heads, turn):
         present = min(turn, batch * heads - first)
@@ -182,11 +202,7 @@ def block_scores(q: Tensor, k: Tensor, flags: Tensor, *, block: int, stride: int
             QUERIES=tile.queries, KEYS=tile.keys, FEATURES=tile.features, SWIZZLE=8,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
         )  # fmt: skip
-        launchable(normalise_kernel)[(blocks, present)](
-            lse, flags, scores, first, tokens,
-            STRIDE=stride, PER_BLOCK=block // stride, TILE=128, num_warps=4,
-        )  # fmt: skip
-    return scores
+        yield lse, first, present
 
 
 def _capability(device: torch.device) -> int:

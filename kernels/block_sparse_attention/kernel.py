@@ -58,7 +58,7 @@ def block_sparse_attention_kernel(
     stride_ob, stride_oh, stride_on,
     tokens, key_blocks, scale,
     BLOCK: tl.constexpr, D: tl.constexpr, RAGGED: tl.constexpr,
-    TMA: tl.constexpr, WARP_SPECIALIZE: tl.constexpr,
+    TMA: tl.constexpr, WARP_SPECIALIZE: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Attend one query block. Grid (Tq, H, B): rows of a head run side by side and meet in L2 on its K and V.
 
@@ -69,6 +69,7 @@ def block_sparse_attention_kernel(
         counts, indices: pointers to int32 [B, H, Tq] and [B, H, Tq, key_blocks], contiguous.
         tokens: N. key_blocks: Tk. scale: factor of q·k, > 0.
         RAGGED: N is no multiple of BLOCK.
+        PARTS: steps that a key block takes, each of BLOCK / PARTS keys; 1 with ``TMA``.
     """
     block_row = tl.program_id(0)
     head = tl.program_id(1)
@@ -78,6 +79,7 @@ def block_sparse_attention_kernel(
     row_indices = indices + row * key_blocks
     start = block_row * BLOCK
     columns = tl.arange(0, BLOCK)
+    KEYS: tl.constexpr = BLOCK // PARTS
 
     if TMA:
         rows_of_head = tl.make_tensor_descriptor(
@@ -90,27 +92,30 @@ def block_sparse_attention_kernel(
     if RAGGED:
         # Indices ascend, so only the last step can meet the block that reaches past the last token.
         ragged_step = tl.where(tl.load(row_indices + kept - 1) == key_blocks - 1, kept - 1, -1)
-        penalty = tl.where(columns < tokens - (key_blocks - 1) * BLOCK, 0.0, _NO_KEY)
+        keys_left = tokens - (key_blocks - 1) * BLOCK
+        penalty = tl.where(tl.arange(0, KEYS) < keys_left, 0.0, _NO_KEY)
 
     # Scores are kept in units of log2: exp2 then needs no multiplication by log2(e) for every score.
     scale_log2 = scale * _LOG2_E
     row_max = tl.full([BLOCK], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK], tl.float32)
     accumulator = tl.zeros([BLOCK, D], tl.float32)
-    for step in tl.range(0, kept, warp_specialize=WARP_SPECIALIZE):
-        key_start = tl.load(row_indices + step) * BLOCK
-        keys = _load_rows(k, batch, head, key_start, stride_kb, stride_kh, stride_kn, tokens, BLOCK, D, TMA)
+    for step in tl.range(0, kept * PARTS, warp_specialize=WARP_SPECIALIZE):
+        key_start = tl.load(row_indices + step // PARTS) * BLOCK + step % PARTS * KEYS
+        keys = _load_rows(k, batch, head, key_start, stride_kb, stride_kh, stride_kn, tokens, KEYS, D, TMA)
         scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
         if RAGGED:
             # A multiplication a column, which becomes the initial accumulator of the product, is cheaper
             # than a comparison and a selection a score.
-            scores += penalty[None, :] * (step == ragged_step).to(tl.float32)
+            if PARTS > 1:
+                penalty = tl.where(tl.arange(0, KEYS) < keys_left - step % PARTS * KEYS, 0.0, _NO_KEY)
+            scores += penalty[None, :] * (step // PARTS == ragged_step).to(tl.float32)
         new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2)
         weights = tl.exp2(scores * scale_log2 - new_max[:, None])
         rescale = tl.exp2(row_max - new_max)
         row_sum = row_sum * rescale + tl.sum(weights, 1)
         accumulator = accumulator * rescale[:, None]
-        values = _load_rows(v, batch, head, key_start, stride_vb, stride_vh, stride_vn, tokens, BLOCK, D, TMA)
+        values = _load_rows(v, batch, head, key_start, stride_vb, stride_vh, stride_vn, tokens, KEYS, D, TMA)
         accumulator = tl.dot(weights.to(values.dtype), values, accumulator, input_precision="ieee")
         row_max = new_max
 
@@ -157,7 +162,7 @@ def attend(
         InputError: a dtype, stride, block, head dim or scale that the kernel does not take.
     """
     dim = q.shape[-1]
-    _check(q, k, v, mask, block, scale)
+    check_inputs(q, k, v, mask, block, scale)
     out = torch.empty_like(q) if out is None else out
     lse = q.new_empty(q.shape[:3], dtype=torch.float32) if lse is None else lse
     launch = launch or choose_launch(
@@ -165,7 +170,7 @@ def attend(
         block=block,
         dim=dim,
         itemsize=q.element_size(),
-        tma_ready=all(map(_tma_ready, (q, k, v))),
+        tma_ready=all(map(tma_ready, (q, k, v))),
     )
     # Each program makes its descriptor of Q in scratch memory, for which Triton asks an allocator kept in a
     # context variable. Set in a copy of the context, ours does not meet anybody else's kernels.
@@ -191,6 +196,7 @@ def _start(
         RAGGED=tokens % mask.block != 0,
         TMA=launch.tma,
         WARP_SPECIALIZE=launch.warp_specialize,
+        PARTS=launch.parts,
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,
     )  # fmt: skip
@@ -203,12 +209,14 @@ def _descriptor(x: Tensor, block: int) -> TensorDescriptor:
     return TensorDescriptor(x, list(x.shape), [*strides[:3], 1], [1, 1, block, x.shape[-1]])
 
 
-def _tma_ready(x: Tensor) -> bool:
+def tma_ready(x: Tensor) -> bool:
+    """Whether a TMA descriptor can describe x: address and strides of whole 16 bytes."""
     steps = (step for step, size in zip(x.stride()[:3], x.shape, strict=False) if size > 1)
     return x.data_ptr() % 16 == 0 and all(step * x.element_size() % 16 == 0 for step in steps)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, block: int, scale: float) -> None:
+def check_inputs(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, block: int, scale: float) -> None:
+    """Raise InputError for inputs that no form of the kernel takes."""
     where = "kernel of block_sparse_attention"
     dtypes = (torch.bfloat16, torch.float16) if q.is_cuda else (torch.float16, torch.float32)
     if q.dtype not in dtypes or k.dtype != q.dtype or v.dtype != q.dtype:

@@ -20,13 +20,11 @@ _KEPT_SUM = tl.constexpr(int(Counter.KEPT_SUM))
 
 
 @triton.jit
-def keep_top_p(scores, share, rows, words, bits, BLOCKS: tl.constexpr):
+def keep_top_p(score, share, words, bits, BLOCKS: tl.constexpr):
     """Bits of the blocks that one row keeps, written to ``bits``; also the same as booleans [BLOCKS].
 
-    scores: pointer to the row's ``rows`` scores. share: top-p of the head. words: words of a row of bits.
+    score: fp32 [BLOCKS], 0 past the last block. share: top-p of the head. words: words of a row of bits.
     """
-    key = tl.arange(0, BLOCKS)
-    score = tl.load(scores + key, mask=key < rows, other=0.0)
     score = tl.where((score > 0) & (score < float("inf")), score, 0.0)
     pattern = score.to(tl.int32, bitcast=True)
     target = share * tl.sum(score, 0)
@@ -62,6 +60,21 @@ def kept_pairs(kept, row, tokens, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
 
 
 @triton.jit
+def select_row(
+    score, row, rows, head, samples_heads, top_p, ctl, mask, counters, heads, tokens, words,
+    BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """Select from one row of scores in registers, fp32 [BLOCKS], and write its bits and its token pairs."""
+    state_head = tl.load(ctl + _SLOT).to(tl.int64) * samples_heads + head
+    bits = mask + (state_head * rows + row) * words
+    kept = keep_top_p(score, tl.load(top_p + head % heads), words, bits, BLOCKS)
+    pairs = kept_pairs(kept, row, tokens, BLOCK, BLOCKS)
+    # Sums of integers do not depend on the order of the rows: the counters stay deterministic.
+    tl.atomic_add(counters + state_head * _COLUMNS + _KEPT, pairs, sem="relaxed")
+    tl.atomic_add(counters + state_head * _COLUMNS + _KEPT_SUM, pairs, sem="relaxed")
+
+
+@triton.jit
 def select_kernel(
     scores, top_p, flags, ctl, mask, counters, heads, tokens, words,
     BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
@@ -72,14 +85,12 @@ def select_kernel(
     head = tl.program_id(1).to(tl.int64)
     if tl.load(flags + head) == 0:
         return
-    state_head = tl.load(ctl + _SLOT).to(tl.int64) * tl.num_programs(1) + head
-    bits = mask + (state_head * rows + row) * words
-    share = tl.load(top_p + head % heads)
-    kept = keep_top_p(scores + (head * rows + row) * rows, share, rows, words, bits, BLOCKS)
-    pairs = kept_pairs(kept, row, tokens, BLOCK, BLOCKS)
-    # Sums of integers do not depend on the order of the rows: the counters stay deterministic.
-    tl.atomic_add(counters + state_head * _COLUMNS + _KEPT, pairs, sem="relaxed")
-    tl.atomic_add(counters + state_head * _COLUMNS + _KEPT_SUM, pairs, sem="relaxed")
+    key = tl.arange(0, BLOCKS)
+    score = tl.load(scores + (head * rows + row) * rows + key, mask=key < rows, other=0.0)
+    select_row(
+        score, row, rows, head, tl.num_programs(1), top_p, ctl, mask, counters, heads, tokens, words,
+        BLOCK, BLOCKS,
+    )  # fmt: skip
 
 
 def select_(

@@ -179,6 +179,18 @@ def test_strides_that_tma_does_not_take(oracle: Oracle) -> None:
     assert (out.cpu().double() - exact).abs().max().item() <= allowed
 
 
+@pytest.mark.parametrize("tokens", [300, 333])  # the last block ends in its first half, and in its second
+def test_a_key_block_in_two_parts(tokens: int, oracle: Oracle) -> None:
+    shape, dtype = (1, 2, tokens, 64, 128), DTYPES[-1]
+    q, k, v, kept = problem(shape, dtype)
+    launch = Launch(tma=False, warp_specialize=False, num_warps=8, num_stages=1, parts=2)
+    out, lse = by_kernel(launch)(q, k, v, pack_bits(kept), block=128, scale=0.1)
+    exact, exact_lse = oracle(q, k, v, kept, block=128, scale=0.1)
+    allowed = 2 * max(sdpa_error(q, k, v, kept, 128, 0.1, exact), torch.finfo(dtype).eps)
+    assert (out.cpu().double() - exact).abs().max().item() <= allowed
+    torch.testing.assert_close(lse.cpu().double(), exact_lse, rtol=2e-6, atol=1e-4)
+
+
 def test_outputs_given_are_filled() -> None:
     q, k, v, kept = problem((1, 2, 129, 64, 64), DTYPES[-1])
     out, lse = torch.full_like(q, float("nan")), torch.full(q.shape[:3], float("nan"), device=DEVICE)
@@ -226,6 +238,8 @@ def test_launch_follows_the_capability() -> None:
     assert not choose(9, 0, tma_ready=False).tma
     for other in ((8, 0), (8, 9), (10, 0), (12, 0)):
         assert not choose(*other).tma and not choose(*other).warp_specialize
+        assert choose(*other).parts == 2 and choose(*other, block=64).parts == 1
+    assert choose(9, 0).parts == 1 and choose(9, 0, tma_ready=False).parts == 2
     assert choose(8, 9).num_stages == 1  # 99 KB hold no second stage
 
 

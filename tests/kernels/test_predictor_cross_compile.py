@@ -18,6 +18,7 @@ from haste_compile.kernels.cross_compile import (  # noqa: E402
 from haste_compile.kernels.drift_gate import kernel as drift_gate  # noqa: E402
 from haste_compile.kernels.expand_mask import kernel as expand_mask  # noqa: E402
 from haste_compile.kernels.token_means import kernel as token_means  # noqa: E402
+from haste_compile.kernels.top_p_select import fused  # noqa: E402
 from haste_compile.kernels.top_p_select import kernel as top_p_select  # noqa: E402
 
 STRIDES = {f"stride_{x}{axis}": "i64:16" for x in "qk" for axis in "bhn"}
@@ -90,6 +91,14 @@ def other_requests(target: str) -> list[Request]:
                 top_p_select.choose_warps(padded),
             ),
             Request(
+                kernel_name(fused.select_from_lse_kernel),
+                {name: kind for name, kind in selection.items() if name != "scores"}
+                | {"lse": "*fp32:16", "first": "i32", "samples_heads": "i32"},
+                {"STRIDE": 16, "PER_BLOCK": 8, "BLOCK": 128, "BLOCKS": padded},
+                target,
+                top_p_select.choose_warps(padded),
+            ),
+            Request(
                 kernel_name(expand_mask.expand_kernel),
                 expansion,
                 {"BLOCKS": padded},
@@ -116,9 +125,10 @@ def test_score_kernel_uses_wgmma_on_hopper_in_every_configuration():
         assert compiled.ttgir.count("ttg.convert_layout") <= 1, request
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_89"])
+@pytest.mark.parametrize("target", ["sm_80", "sm_89", "sm_120a"])
 def test_score_kernel_fits_smaller_gpus(target: str):
-    requests = [lse_request(128, stride, 128, "bf16", target) for stride in (4, 16)]
+    shapes = ((128, 16, 128), (128, 4, 128), (64, 32, 64))
+    requests = [lse_request(*shape, "bf16", target) for shape in shapes]
     for request, compiled in zip(requests, compile_all(requests), strict=True):
         assert_fits(request, compiled)
         assert "mma.sync" in compiled.ptx, request

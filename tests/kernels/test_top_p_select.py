@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from predictor import DEVICE, control, gpu, site_state
+from predictor import DEVICE, control, gpu, site_state, tokens_first
 from torch import Tensor
 
 from haste_compile.kernels.block_mask import token_pairs, unpack_bits
@@ -10,7 +10,8 @@ from haste_compile.kernels.layout import Counter
 from haste_compile.kernels.top_p_select import reference
 
 pytest.importorskip("triton")
-from haste_compile.kernels.top_p_select import kernel  # noqa: E402
+from haste_compile.kernels.block_scores import kernel as block_scores  # noqa: E402
+from haste_compile.kernels.top_p_select import fused, kernel  # noqa: E402
 
 both = pytest.mark.parametrize("implementation", ["reference", "kernel"])
 
@@ -121,3 +122,48 @@ def test_kernel_at_full_length(blocks: int):
     # float32 against float64 sums: at most the block at the threshold differs, and in few rows.
     differing = (got != expected).sum(-1)
     assert differing.max() <= 1 and (differing > 0).float().mean() < 0.05
+
+
+@pytest.mark.parametrize(("tokens", "block", "stride"), [(64, 64, 16), (200, 64, 16), (333, 128, 32)])
+def test_selection_straight_from_the_log_sum_exps_gives_the_same_masks(
+    tokens: int, block: int, stride: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch, heads, slot = 2, 3, 1
+    q, k = (tokens_first(batch, heads, tokens, 64, torch.float16, seed=seed, scale=2.0) for seed in (0, 1))
+    top_p = torch.tensor([0.5, 0.9, 0.99], device=DEVICE)
+    flags = torch.tensor([[1, 0, 1], [1, 1, 0]], dtype=torch.int32, device=DEVICE)
+    ctl = control(slot).to(DEVICE)
+    mask, _, counters = (x.to(DEVICE) for x in site_state(2, batch, heads, tokens, 64, block))
+    mask.fill_(-7)
+    wanted_mask, wanted_counters = mask.clone(), counters.clone()
+    # Two heads a turn, so that a turn begins at another head than the first.
+    groups, blocks = -(-tokens // stride), -(-tokens // block)
+    monkeypatch.setattr(block_scores, "SCRATCH_BYTES", 2 * 4 * groups * blocks)
+    fused.score_and_select_(q, k, top_p, flags, ctl, mask, counters, block=block, stride=stride)
+    scores = block_scores.block_scores(q, k, flags, block=block, stride=stride)
+    kernel.select_(
+        scores, top_p, flags, ctl, wanted_mask, wanted_counters, tokens=tokens, block=block
+    )  # fmt: skip
+    assert torch.equal(mask, wanted_mask) and torch.equal(counters, wanted_counters)
+    assert (mask[slot][flags == 0] == -7).all() and (mask[0] == -7).all()
+    assert counters[slot, 0, 0, Counter.KEPT] > 0
+
+
+@gpu
+@pytest.mark.gpu
+def test_both_forms_select_alike_at_full_size() -> None:
+    # Sums in another order: a row may differ where a prefix lies within rounding of the threshold.
+    q, k = (tokens_first(1, 12, 32760, 128, torch.bfloat16, seed=seed, scale=2.0) for seed in (0, 1))
+    top_p, flags = torch.full((12,), 0.9, device=DEVICE), torch.ones(1, 12, dtype=torch.int32, device=DEVICE)
+    ctl = control().to(DEVICE)
+    masks = []
+    for form in ("fused", "kernels"):
+        mask, _, counters = (x.to(DEVICE) for x in site_state(1, 1, 12, 32760, 128, 128))
+        if form == "fused":
+            fused.score_and_select_(q, k, top_p, flags, ctl, mask, counters, block=128, stride=16)
+        else:
+            scores = block_scores.block_scores(q, k, flags, block=128, stride=16)
+            kernel.select_(scores, top_p, flags, ctl, mask, counters, tokens=32760, block=128)
+        masks.append(unpack_bits(mask[0], 256))
+    differing = (masks[0] != masks[1]).any(-1).float().mean().item()
+    assert differing < 1e-2

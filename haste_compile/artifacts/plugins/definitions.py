@@ -253,7 +253,13 @@ def _launch_attention(
     B, H, N, D = q.shape
     blocks = ceil_div(N, block)
     launch = choose_launch(capability, block=block, dim=D, itemsize=_bytes(q), tma_ready=False)
-    constexprs = {"SCALE": scale, "BLOCK": block, "D": D, "RAGGED": N % block != 0}
+    constexprs = {
+        "SCALE": scale,
+        "BLOCK": block,
+        "D": D,
+        "RAGGED": N % block != 0,
+        "PARTS": launch.parts,
+    }
     scalars = {"tokens": N, "key_blocks": blocks}
     return Launch((blocks, H, B), scalars, constexprs, launch.num_warps, launch.num_stages)
 

@@ -112,7 +112,9 @@ def top_p_select(
         state_head = tl.load(ctl + _SLOT).to(tl.int64) * tl.num_programs(1) + head
         bits = new_mask + (state_head * rows + row) * words
         share = tl.load(top_p + head % heads)
-        kept = keep_top_p(scores + (head * rows + row) * rows, share, rows, words, bits, BLOCKS)
+        key = tl.arange(0, BLOCKS)
+        score = tl.load(scores + (head * rows + row) * rows + key, mask=key < rows, other=0.0)
+        kept = keep_top_p(score, share, words, bits, BLOCKS)
         tl.store(pairs + head * rows + row, kept_pairs(kept, row, tokens, BLOCK, BLOCKS))
     else:
         tl.store(pairs + head * rows + row, tl.zeros([], tl.int64))
@@ -145,7 +147,7 @@ def expand_mask(mask, ctl, key_blocks, words, counts, indices, BLOCKS: tl.conste
 @triton.jit
 def block_sparse_attention(
     q, k, v, counts, indices, tokens, key_blocks, out, lse,
-    SCALE: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, RAGGED: tl.constexpr,
+    SCALE: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, RAGGED: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Grid (query blocks, H, B). TMA descriptors are made on the host, which TensorRT offers no place for."""
     of_head = tokens * D
@@ -154,5 +156,5 @@ def block_sparse_attention(
         q, k, v, out, lse, counts, indices,
         of_sample, of_head, D, of_sample, of_head, D, of_sample, of_head, D, of_sample, of_head, D,
         tokens, key_blocks, SCALE,
-        BLOCK=BLOCK, D=D, RAGGED=RAGGED, TMA=False, WARP_SPECIALIZE=False,
+        BLOCK=BLOCK, D=D, RAGGED=RAGGED, TMA=False, WARP_SPECIALIZE=False, PARTS=PARTS,
     )  # fmt: skip

@@ -1,0 +1,388 @@
+"""Block-sparse attention for Hopper, Gluon: persistent, one producer warp, two consumer warp groups in turns.
+
+The same mathematics as ``kernel.py``, with the schedule written out that Triton's compiler does not find:
+
+    producer     tile number → shared memory; Q, then for every kept block K and V, by TMA
+    consumer c   rows 64·c … 64·c + 63 of the tile; for every block j:
+                     issue S = Q·Kⱼᵀ and O += P·Vⱼ₋₁  →  wait for S  →  softmax of S while P·V runs  →  P
+
+* Two consumers take turns at issuing their products (FlashAttention-3 §3.1 calls it ping-pong), so that one's
+  softmax runs under the other's products as well as under its own P·V.
+* The list of a row is walked backwards. Indices ascend, so the one block that can reach past the last token
+  comes first, outside of the loop, and no iteration pays for masking.
+* Tiles are fetched from a counter: a multiprocessor that got short rows takes more of them. Rows of a head
+  follow each other, so that its K and V stay in L2.
+* The output leaves through the shared memory of the tile's own Q, by TMA, which clips the ragged last block.
+
+No GPU has run this kernel yet. It is in ``variants.py`` as "gluon", and no user gets it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from haste_compile.errors import InputError
+from haste_compile.kernels.block_mask import BlockMask
+from haste_compile.kernels.block_sparse_attention.kernel import check_inputs, tma_ready
+
+#: Query tokens, and key tokens, of a tile.
+BLOCK = 128
+
+_LOG2_E = gl.constexpr(1.4426950408889634)
+_LN_2 = gl.constexpr(0.6931471805599453)
+_DONE = gl.constexpr(-1)
+
+# One name in triton 3.6, another in 3.7: a barrier of the warps of a partition.
+_synchronise = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+
+
+@gluon.jit
+def _produce(
+    q, k, v, q_tiles, k_tiles, v_tiles, number,
+    q_full, q_empty, k_full, k_empty, v_full, v_empty,
+    counts, indices, counter, heads, query_blocks, key_blocks, tiles,
+    D: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
+):  # fmt: skip
+    """One warp: fetch tiles from the counter and keep the loads of Q, K and V in flight."""
+    TILE_BYTES: gl.constexpr = 128 * D * q.dtype.primitive_bitwidth // 8
+    one_warp: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    tile = gl.program_id(0)
+    round_of_q = 0
+    block = 0  # K and V blocks loaded so far, over all tiles
+    while tile < tiles:
+        # Fetched here, needed after the tile: its latency lies under the loads.
+        following = gl.num_programs(0) + gl.atomic_add(counter, 1)
+        kept = gl.load(counts + tile)
+        row_indices = indices + tile.to(gl.int64) * key_blocks
+        index = gl.load(row_indices + kept - 1)
+        block_row = tile % query_blocks
+        head = tile // query_blocks % heads
+        batch = tile // query_blocks // heads
+
+        slot = round_of_q % Q_STAGES
+        mbarrier.wait(q_empty.index(slot), (round_of_q // Q_STAGES & 1) ^ 1)
+        number.index(slot).store(gl.full([1], tile, gl.int32, layout=one_warp))
+        _synchronise()
+        mbarrier.expect(q_full.index(slot), TILE_BYTES)
+        for half in gl.static_range(2):
+            tma.async_copy_global_to_shared(
+                q, [batch, head, block_row * 128 + half * 64, 0], q_full.index(slot),
+                q_tiles.index(slot * 2 + half),
+            )  # fmt: skip
+        round_of_q += 1
+
+        for step in range(kept):
+            stage = block % STAGES
+            free = (block // STAGES & 1) ^ 1
+            start = index * 128
+            index = gl.load(row_indices + gl.maximum(kept - 2 - step, 0))
+            mbarrier.wait(k_empty.index(stage), free)
+            mbarrier.expect(k_full.index(stage), TILE_BYTES)
+            tma.async_copy_global_to_shared(
+                k, [batch, head, start, 0], k_full.index(stage), k_tiles.index(stage)
+            )
+            mbarrier.wait(v_empty.index(stage), free)
+            mbarrier.expect(v_full.index(stage), TILE_BYTES)
+            tma.async_copy_global_to_shared(
+                v, [batch, head, start, 0], v_full.index(stage), v_tiles.index(stage)
+            )
+            block += 1
+        tile = following
+
+    slot = round_of_q % Q_STAGES
+    mbarrier.wait(q_empty.index(slot), (round_of_q // Q_STAGES & 1) ^ 1)
+    number.index(slot).store(gl.full([1], _DONE, gl.int32, layout=one_warp))
+    _synchronise()
+    mbarrier.arrive(q_full.index(slot))
+
+
+@gluon.jit
+def _matrix(tile, D: gl.constexpr, ROWS: gl.constexpr):
+    """Shared memory [1, 1, ROWS, D] seen as [ROWS, D]."""
+    return tile.reshape([ROWS, D])
+
+
+@gluon.jit
+def _consume(
+    out, lse, q_tiles, k_tiles, v_tiles, number,
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, turns,
+    counts, indices, heads, query_blocks, key_blocks, tokens, scale,
+    CONSUMER: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
+    RAGGED: gl.constexpr, IN_TURNS: gl.constexpr,
+):  # fmt: skip
+    """One warp group: 64 rows of every tile."""
+    score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 16])
+    out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    weight_layout: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
+    score_row: gl.constexpr = gl.SliceLayout(1, score_layout)
+    out_row: gl.constexpr = gl.SliceLayout(1, out_layout)
+    four_warps: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+
+    scale_log2 = scale * _LOG2_E
+    my_turn = turns.index(CONSUMER)
+    other_turn = turns.index(1 - CONSUMER)
+    block = 0
+    round_of_q = 0
+    slot = 0
+    mbarrier.wait(q_full.index(0), 0)
+    tile = gl.max(number.index(0).load(four_warps), 0)
+    while tile >= 0:
+        kept = gl.load(counts + tile)
+        queries_at = q_tiles.index(slot * 2 + CONSUMER)
+        queries = _matrix(queries_at, D, 64)
+
+        # The first block: the only one that can hold keys past the last token.
+        mbarrier.wait(k_full.index(block % STAGES), block // STAGES & 1)
+        if IN_TURNS:
+            mbarrier.wait(my_turn, block & 1)
+        scores = warpgroup_mma(
+            queries, _matrix(k_tiles.index(block % STAGES), D, 128).permute((1, 0)),
+            gl.zeros([64, 128], gl.float32, score_layout), use_acc=False, is_async=True,
+        )  # fmt: skip
+        if IN_TURNS:
+            mbarrier.arrive(other_turn)
+        scores = warpgroup_mma_wait(0, deps=[scores])
+        mbarrier.arrive(k_empty.index(block % STAGES))
+        if RAGGED:
+            last = gl.load(indices + tile.to(gl.int64) * key_blocks + kept - 1)
+            keys = last * 128 + gl.arange(0, 128, layout=gl.SliceLayout(0, score_layout))
+            scores = gl.where((keys < tokens)[None, :], scores, float("-inf"))
+        row_max = gl.max(scores, 1) * scale_log2
+        weights = gl.exp2(scores * scale_log2 - row_max[:, None])
+        row_sum = gl.sum(weights, 1)
+        weights_16 = gl.convert_layout(weights.to(out.dtype), weight_layout)
+        accumulator = gl.zeros([64, D], gl.float32, out_layout)
+
+        for _ in range(1, kept):
+            value_stage = block % STAGES
+            value_phase = block // STAGES & 1
+            block += 1
+            key_stage = block % STAGES
+            mbarrier.wait(k_full.index(key_stage), block // STAGES & 1)
+            mbarrier.wait(v_full.index(value_stage), value_phase)
+            if IN_TURNS:
+                mbarrier.wait(my_turn, block & 1)
+            scores = warpgroup_mma(
+                queries, _matrix(k_tiles.index(key_stage), D, 128).permute((1, 0)),
+                gl.zeros([64, 128], gl.float32, score_layout), use_acc=False, is_async=True,
+            )  # fmt: skip
+            accumulator = warpgroup_mma(
+                weights_16, _matrix(v_tiles.index(value_stage), D, 128), accumulator, is_async=True
+            )
+            if IN_TURNS:
+                mbarrier.arrive(other_turn)
+            scores = warpgroup_mma_wait(1, deps=[scores])
+            mbarrier.arrive(k_empty.index(key_stage))
+            new_max = gl.maximum(row_max, gl.max(scores, 1) * scale_log2)
+            rescale = gl.exp2(row_max - new_max)
+            weights = gl.exp2(scores * scale_log2 - new_max[:, None])
+            row_sum = row_sum * rescale + gl.sum(weights, 1)
+            row_max = new_max
+            # This wait is over: it is that of this block's values again. ptxas moves arithmetic across waits
+            # for products but not across a loop, and would put all of the softmax after the next one.
+            mbarrier.wait(v_full.index(value_stage), value_phase)
+            accumulator = warpgroup_mma_wait(0, deps=[accumulator])
+            mbarrier.arrive(v_empty.index(value_stage))
+            accumulator = accumulator * gl.convert_layout(rescale, out_row)[:, None]
+            weights_16 = gl.convert_layout(weights.to(out.dtype), weight_layout)
+
+        value_stage = block % STAGES
+        mbarrier.wait(v_full.index(value_stage), block // STAGES & 1)
+        accumulator = warpgroup_mma(
+            weights_16, _matrix(v_tiles.index(value_stage), D, 128), accumulator, is_async=True
+        )
+        block += 1
+        block_row = tile % query_blocks
+        head_of_all = tile // query_blocks
+        start = block_row * 128 + CONSUMER * 64
+        rows = gl.arange(0, 64, layout=score_row)
+        lse_at = lse + head_of_all.to(gl.int64) * tokens + start
+        gl.store(lse_at + rows, (row_max + gl.log2(row_sum)) * _LN_2, mask=rows < tokens - start)
+        accumulator = warpgroup_mma_wait(0, deps=[accumulator])
+        mbarrier.arrive(v_empty.index(value_stage))
+
+        result = accumulator * gl.convert_layout(1.0 / row_sum, out_row)[:, None]
+        # Every warp has read its queries; none may still be writing the output of an earlier tile.
+        _synchronise()
+        queries.store(result.to(out.dtype))
+        fence_async_shared()
+        _synchronise()
+        tma.async_copy_shared_to_global(
+            out, [head_of_all // heads, head_of_all % heads, start, 0], queries_at
+        )
+        tma.store_wait(0)
+        _synchronise()
+        mbarrier.arrive(q_empty.index(slot))
+
+        round_of_q += 1
+        slot = round_of_q % Q_STAGES
+        mbarrier.wait(q_full.index(slot), round_of_q // Q_STAGES & 1)
+        tile = gl.max(number.index(slot).load(four_warps), 0)
+
+
+@gluon.jit(do_not_specialize=["heads", "query_blocks", "key_blocks", "tokens", "tiles"])
+def block_sparse_attention_hopper(
+    q, k, v, out, lse, counts, indices, counter,
+    heads, query_blocks, key_blocks, tokens, tiles, scale,
+    D: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
+    RAGGED: gl.constexpr, IN_TURNS: gl.constexpr,
+):  # fmt: skip
+    """Grid: at most as many programs as multiprocessors.
+
+    Args:
+        q, out: TMA descriptors of [B, H, N, D] with box [1, 1, 64, D].
+        k, v: the same with box [1, 1, 128, D].
+        lse: pointer to fp32 [B, H, N], contiguous.
+        counts, indices: pointers to int32 [B, H, Tq] and [B, H, Tq, key_blocks], contiguous.
+        counter: pointer to an int32 that is 0.
+        tiles: B·H·Tq. tokens: N. scale: factor of q·k, > 0.
+        RAGGED: N is no multiple of 128.
+    """
+    q_tiles = gl.allocate_shared_memory(q.dtype, [2 * Q_STAGES, 1, 1, 64, D], q.layout)
+    k_tiles = gl.allocate_shared_memory(k.dtype, [STAGES, 1, 1, 128, D], k.layout)
+    v_tiles = gl.allocate_shared_memory(v.dtype, [STAGES, 1, 1, 128, D], v.layout)
+    number = gl.allocate_shared_memory(gl.int32, [Q_STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    barrier: gl.constexpr = mbarrier.MBarrierLayout()
+    q_full = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], barrier)
+    q_empty = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], barrier)
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
+    turns = gl.allocate_shared_memory(gl.int64, [2, 1], barrier)
+    for slot in gl.static_range(Q_STAGES):
+        mbarrier.init(q_full.index(slot), count=1)
+        mbarrier.init(q_empty.index(slot), count=2)
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(stage), count=1)
+        mbarrier.init(k_empty.index(stage), count=2)
+        mbarrier.init(v_full.index(stage), count=1)
+        mbarrier.init(v_empty.index(stage), count=2)
+    for consumer in gl.static_range(2):
+        mbarrier.init(turns.index(consumer), count=1)
+    fence_async_shared()
+    _synchronise()
+    mbarrier.arrive(turns.index(0))  # the first consumer begins
+
+    gl.warp_specialize(
+        [
+            (
+                _consume,
+                (
+                    out, lse, q_tiles, k_tiles, v_tiles, number,
+                    q_full, q_empty, k_full, k_empty, v_full, v_empty, turns,
+                    counts, indices, heads, query_blocks, key_blocks, tokens, scale,
+                    0, D, STAGES, Q_STAGES, RAGGED, IN_TURNS,
+                ),
+            ),
+            (
+                _consume,
+                (
+                    out, lse, q_tiles, k_tiles, v_tiles, number,
+                    q_full, q_empty, k_full, k_empty, v_full, v_empty, turns,
+                    counts, indices, heads, query_blocks, key_blocks, tokens, scale,
+                    1, D, STAGES, Q_STAGES, RAGGED, IN_TURNS,
+                ),
+            ),
+            (
+                _produce,
+                (
+                    q, k, v, q_tiles, k_tiles, v_tiles, number,
+                    q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                    counts, indices, counter, heads, query_blocks, key_blocks, tiles,
+                    D, STAGES, Q_STAGES,
+                ),
+            ),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """How the work of a multiprocessor is laid out.
+
+    Attributes:
+        stages: tiles of K, and of V, in shared memory.
+        q_stages: tiles of Q; the second hides the load of the next Q and the store of the last output.
+        in_turns: the consumers issue their products one after the other.
+
+    Shared memory is (stages + q_stages / 2) · 4 · BLOCK · D bytes: 192 KB for the default and D = 128.
+    """
+
+    stages: int = 2
+    q_stages: int = 2
+    in_turns: bool = True
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: BlockMask,
+    *,
+    block: int,
+    scale: float,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
+    schedule: Schedule | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As :func:`kernel.attend`, on a device of compute capability 9, for blocks of 128.
+
+    Raises:
+        InputError: as there; also strides or addresses that are no multiples of 16 bytes.
+    """
+    check_inputs(q, k, v, mask, block, scale)
+    if not q.is_cuda or torch.cuda.get_device_capability(q.device)[0] != 9 or block != BLOCK:
+        raise _unsuitable(f"blocks of {block} on {q.device}", f"blocks of {BLOCK} on a Hopper GPU")
+    out = torch.empty_like(q) if out is None else out
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32) if lse is None else lse
+    if not all(map(tma_ready, (q, k, v, out))):
+        raise _unsuitable("strides that TMA does not take", "addresses and strides of whole 16 bytes")
+    batch, heads, tokens, dim = q.shape
+    query_blocks, key_blocks = mask.indices.shape[2:]
+    tiles = batch * heads * query_blocks
+    schedule = schedule or Schedule()
+    counter = torch.zeros(1, dtype=torch.int32, device=q.device)
+    programs = min(tiles, torch.cuda.get_device_properties(q.device).multi_processor_count)
+    block_sparse_attention_hopper[(programs,)](
+        _descriptor(q, BLOCK // 2), _descriptor(k, BLOCK), _descriptor(v, BLOCK),
+        _descriptor(out, BLOCK // 2),
+        lse, mask.counts, mask.indices, counter,
+        heads, query_blocks, key_blocks, tokens, tiles, scale,
+        D=dim, STAGES=schedule.stages, Q_STAGES=schedule.q_stages,
+        RAGGED=tokens % BLOCK != 0, IN_TURNS=schedule.in_turns,
+        num_warps=4,
+    )  # fmt: skip
+    return out, lse
+
+
+def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:
+    """TMA descriptor of [B, H, N, D]; its third bound clips the ragged last block of every head alike."""
+    # The stride along an axis of one element is free, and some views put there what TMA does not take.
+    strides = [step if size > 1 else x.shape[-1] for step, size in zip(x.stride(), x.shape, strict=True)]
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+    return TensorDescriptor(x, list(x.shape), [*strides[:3], 1], [1, 1, rows, x.shape[-1]], layout)
+
+
+def _unsuitable(found: str, wanted: str) -> InputError:
+    return InputError(
+        found=found,
+        wanted=wanted,
+        where="Hopper's kernel of block_sparse_attention",
+        fix="Use the Triton kernel.",
+    )

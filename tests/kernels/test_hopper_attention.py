@@ -1,0 +1,243 @@
+"""Hopper's Gluon kernel: its schedule run in a model, its machine code read; with a GPU, the real thing."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import types
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+import gluon_model  # noqa: E402
+
+from haste_compile.errors import InputError  # noqa: E402
+from haste_compile.kernels.block_mask import BlockMask, pack_bits  # noqa: E402
+from haste_compile.kernels.block_sparse_attention import hopper, reference  # noqa: E402
+from haste_compile.kernels.block_sparse_attention.variants import VARIANTS  # noqa: E402
+from haste_compile.kernels.cross_compile import (  # noqa: E402
+    SHARED_MEMORY_LIMIT,
+    CrossCompiled,
+    Request,
+    compile_all,
+    kernel_name,
+)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HOPPER = DEVICE == "cuda" and torch.cuda.get_device_capability()[0] == 9
+SCHEDULES = {
+    "default": hopper.Schedule(),
+    "no turns": hopper.Schedule(in_turns=False),
+    "3 stages": hopper.Schedule(stages=3, q_stages=1),
+    "1 stage": hopper.Schedule(stages=1, q_stages=1),
+}
+
+
+def problem(batch: int, heads: int, tokens: int, dim: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """q, k, v [B, H, N, D] with a graph's strides, and bool [B, H, T, T] with rows of many lengths."""
+    generator = torch.Generator().manual_seed(tokens)
+    q, k, v = (
+        torch.randn(batch, tokens, heads, dim, generator=generator).to(dtype).to(DEVICE).transpose(1, 2)
+        for _ in range(3)
+    )
+    blocks = -(-tokens // 128)
+    share = torch.rand(batch, heads, blocks, 1, generator=generator)
+    kept = torch.rand(batch, heads, blocks, blocks, generator=generator) < share
+    kept[..., -1] |= ~kept.any(-1)
+    return q, k, v, kept.to(DEVICE)
+
+
+def lists(kept: Tensor) -> BlockMask:
+    indices = kept.int().argsort(dim=-1, descending=True, stable=True).int()
+    tail = torch.arange(kept.shape[-1], device=kept.device) >= kept.sum(-1, keepdim=True)
+    return BlockMask(kept.sum(-1, dtype=torch.int32), indices.masked_fill(tail, 2**22), 128)
+
+
+def in_the_model(
+    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, scale: float, programs: int, schedule: hopper.Schedule,
+    module: types.ModuleType | Any = hopper,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    batch, heads, tokens, dim = q.shape
+    out, lse = torch.full_like(q, float("nan")), torch.full(q.shape[:3], float("nan"))
+    wide = types.SimpleNamespace(primitive_bitwidth=16)
+    blocks = mask.indices.shape[2]
+    arguments = {
+        "q": gluon_model.Descriptor(q, 64, wide),
+        "k": gluon_model.Descriptor(k, 128, wide),
+        "v": gluon_model.Descriptor(v, 128, wide),
+        "out": gluon_model.Descriptor(out, 64, torch.float32),
+        "lse": gluon_model.Pointer(lse.view(-1)),
+        "counts": gluon_model.Pointer(mask.counts.reshape(-1)),
+        "indices": gluon_model.Pointer(mask.indices.reshape(-1)),
+        "counter": gluon_model.Pointer(torch.zeros(1, dtype=torch.int32)),
+        "heads": heads, "query_blocks": blocks, "key_blocks": blocks, "tokens": tokens,
+        "tiles": batch * heads * blocks, "scale": scale,
+        "D": dim, "STAGES": schedule.stages, "Q_STAGES": schedule.q_stages,
+        "RAGGED": tokens % 128 != 0, "IN_TURNS": schedule.in_turns,
+    }  # fmt: skip
+    gluon_model.launch(module, "block_sparse_attention_hopper", programs, arguments)
+    return out, lse
+
+
+@pytest.mark.parametrize(
+    ("shape", "programs"), [((1, 1, 70, 64), 1), ((2, 2, 640, 64), 3), ((1, 2, 933, 64), 2)]
+)
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_the_schedule_computes_attention_and_ends(
+    name: str, shape: tuple[int, int, int, int], programs: int
+) -> None:
+    q, k, v, kept = (x.cpu() for x in problem(*shape, torch.float32))
+    out, lse = in_the_model(q, k, v, lists(kept), 0.1, programs, SCHEDULES[name])
+    exact, exact_lse = reference.attend(
+        q.double(), k.double(), v.double(), pack_bits(kept), block=128, scale=0.1
+    )
+    torch.testing.assert_close(out.double(), exact, rtol=0, atol=1e-5)
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("line", "instead"),
+    [
+        # Values released before their product was waited for; a phase that is off; a turn that is not passed.
+        ("warpgroup_mma_wait(1, deps=[scores])", "warpgroup_mma_wait(2, deps=[scores])"),
+        ("(block // STAGES & 1) ^ 1", "block // STAGES & 1"),
+        ("mbarrier.arrive(v_empty.index(value_stage))", "pass"),
+        ("tma.store_wait(0)", "pass"),
+        ("mbarrier.arrive(other_turn)", "mbarrier.arrive(my_turn)"),
+        ("mbarrier.wait(k_empty.index(stage), free)", "pass"),
+    ],
+)  # fmt: skip
+def test_the_model_sees_a_broken_schedule(line: str, instead: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gluon_model, "PATIENCE", 1.0)
+    broken = types.ModuleType("broken")
+    vars(broken).update(vars(hopper))
+    for name in ("_produce", "_consume"):
+        source = inspect.getsource(getattr(hopper, name).fn).split("\n", 1)[1].replace(line, instead)
+        exec("from __future__ import annotations\n" + source, vars(broken))
+    assert any(line in inspect.getsource(getattr(hopper, name).fn) for name in ("_produce", "_consume"))
+    q, k, v, kept = (x.cpu() for x in problem(1, 2, 933, 64, torch.float32))
+    exact, _ = reference.attend(q.double(), k.double(), v.double(), pack_bits(kept), block=128, scale=0.1)
+    try:
+        out, _ = in_the_model(q, k, v, lists(kept), 0.1, 1, hopper.Schedule(), broken)
+    except RuntimeError:
+        return
+    assert not torch.allclose(out.double(), exact, rtol=0, atol=1e-5)
+
+
+def request(name: str, dim: int, dtype: str, ragged: bool) -> Request:
+    def tile(rows: int) -> str:
+        layout = "NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)"
+        return f"tensordesc<{dtype}[1, 1, {rows}, {dim}],{layout}>"
+
+    schedule = SCHEDULES[name]
+    return Request(
+        kernel=kernel_name(hopper.block_sparse_attention_hopper),
+        signature={
+            "q": tile(64), "k": tile(128), "v": tile(128), "out": tile(64), "lse": "*fp32:16",
+            "counts": "*i32:16", "indices": "*i32:16", "counter": "*i32:16", "heads": "i32",
+            "query_blocks": "i32", "key_blocks": "i32", "tokens": "i32", "tiles": "i32", "scale": "fp32",
+        },
+        constexprs={
+            "D": dim, "STAGES": schedule.stages, "Q_STAGES": schedule.q_stages, "RAGGED": ragged,
+            "IN_TURNS": schedule.in_turns,
+        },
+        disassemble=True,
+    )  # fmt: skip
+
+
+CASES = [
+    ("default", 128, "bf16", True),
+    ("default", 128, "fp16", False),
+    ("default", 64, "bf16", True),
+    ("no turns", 128, "bf16", True),
+    ("3 stages", 128, "bf16", True),
+]
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[tuple[Any, ...], CrossCompiled]:
+    return dict(zip(CASES, compile_all([request(*case) for case in CASES]), strict=True))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_it_fits_and_uses_what_hopper_has(
+    case: tuple[Any, ...], compiled: dict[tuple[Any, ...], CrossCompiled]
+) -> None:
+    found = compiled[case]
+    assert found.shared <= SHARED_MEMORY_LIMIT["sm_90a"]
+    assert found.spill_bytes == 0 and "serialized" not in found.log
+    for wanted in ("setmaxnreg.inc.sync.aligned.u32 \t240", "setmaxnreg.dec.sync.aligned.u32 \t24"):
+        assert wanted in found.ptx
+    dim = case[1]
+    # Q·Kᵀ before the loop and in it, P·V in it and after it; two consumers; 16 features or keys a step.
+    assert found.sass.count("HGMMA") == 2 * (2 * dim // 16 + 2 * 128 // 16)
+    assert re.search(r"cp\.async\.bulk\.tensor\.4d\.shared::(cta|cluster)\.global", found.ptx)
+    assert "cp.async.bulk.tensor.4d.global.shared::cta" in found.ptx
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_no_release_overtakes_a_warp(
+    case: tuple[Any, ...], compiled: dict[tuple[Any, ...], CrossCompiled]
+) -> None:
+    # One thread arrives for its warp group: after a barrier, before which every warp has waited.
+    flow = re.findall(
+        r"bar\.sync|bar\.warp\.sync|mbarrier\.arrive\.shared|wgmma\.wait_group|stmatrix|fence\.proxy\.async"
+        r"|cp\.async\.bulk\.wait_group|cp\.async\.bulk\.tensor\.4d\.global",
+        compiled[case].ptx,
+    )
+    for before, arrival in zip(flow, flow[1:], strict=False):
+        if arrival.startswith("mbarrier.arrive"):
+            assert before in ("bar.sync", "bar.warp.sync")
+    # The output: written by all warps, fenced by each, then a barrier, then one thread's copy.
+    for place, word in enumerate(flow):
+        if word.startswith("cp.async.bulk.tensor"):
+            assert flow[place - 3 : place] == ["stmatrix", "fence.proxy.async", "bar.sync"]
+            assert flow[place + 1 : place + 3] == ["cp.async.bulk.wait_group", "bar.sync"]
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case[1] == 128], ids=str)
+def test_the_softmax_lies_under_the_products(
+    case: tuple[Any, ...], compiled: dict[tuple[Any, ...], CrossCompiled]
+) -> None:
+    # Machine code of the loop: both products, a wait for the first, 64 exponentials and one more for each of
+    # the two rows of a thread, a wait for the second.
+    words = re.findall(r"HGMMA|WARPGROUP\.DEPBAR|MUFU\.EX2|MUFU\.RCP", compiled[case].sass)
+    text = "".join({"H": "P", "W": "w", "M": "e"}[word[0]] if "RCP" not in word else "r" for word in words)
+    assert len(re.findall(r"P{16}we{66}w", text)) == 2
+
+
+def test_triton_is_what_users_get_until_a_gpu_confirmed_the_others() -> None:
+    assert VARIANTS["triton"].confirmed
+    assert not any(variant.confirmed for name, variant in VARIANTS.items() if name.startswith("gluon"))
+    assert VARIANTS["gluon"].refuses((8, 0), 128) == "needs compute capability 9, not 8.0"
+    assert VARIANTS["gluon"].refuses((9, 0), 64) == "needs blocks of 128, not 64"
+    assert VARIANTS["gluon"].refuses((9, 0), 128) is None
+
+
+@pytest.mark.skipif(HOPPER, reason="needs a machine without a Hopper GPU")
+def test_another_device_is_refused_by_name() -> None:
+    q, k, v, kept = problem(1, 1, 200, 64, torch.float16)
+    with pytest.raises(InputError, match="Hopper"):
+        hopper.attend(q, k, v, lists(kept), block=128, scale=0.1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 70, 128), (2, 3, 1333, 128), (1, 12, 4100, 64), (1, 40, 8192, 128)])
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name.startswith("gluon")])
+def test_on_hopper_it_agrees_with_the_reference(
+    name: str, shape: tuple[int, int, int, int], dtype: torch.dtype
+) -> None:
+    q, k, v, kept = problem(*shape, dtype)
+    scale = shape[3] ** -0.5
+    out, lse = VARIANTS[name].attend(q, k, v, lists(kept), block=128, scale=scale)
+    wanted, wanted_lse = VARIANTS["triton"].attend(q, k, v, lists(kept), block=128, scale=scale)
+    torch.testing.assert_close(out, wanted, rtol=0, atol=4 * torch.finfo(dtype).eps)
+    torch.testing.assert_close(lse, wanted_lse, rtol=0, atol=1e-4)
+    for _ in range(20):  # the order of the tiles varies, the result must not
+        again, _ = VARIANTS[name].attend(q, k, v, lists(kept), block=128, scale=scale)
+        assert torch.equal(out, again)

@@ -1,0 +1,77 @@
+"""The notebook's commands are ones that the scripts take, and its figures those of the record."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOK = (ROOT / "docs/speed-notebook.md").read_text(encoding="utf-8")
+COMMANDS = [
+    line for block in re.findall(r"^```sh\n(.*?)^```", NOTEBOOK, re.M | re.S) for line in block.splitlines()
+]
+
+
+def test_there_are_commands() -> None:
+    assert len(COMMANDS) >= 5
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_is_taken(command: str) -> None:
+    python, dash_m, module, *arguments = shlex.split(command)
+    assert (python, dash_m) == ("python", "-m")
+    if module == "pytest":
+        paths = [argument for argument in arguments if argument.startswith("tests/")]
+        assert paths and all((ROOT / path).exists() for path in paths)
+        return
+    importlib.import_module(module).parse(arguments)
+
+
+def test_refresh_and_reuse_are_the_recorded_ones() -> None:
+    record = json.loads((ROOT / "benchmarks/results/attention-h200.json").read_text(encoding="utf-8"))
+    share: dict[tuple[str, int], float] = {}
+    for tokens in (32760, 75600):
+        rows = [row for row in record["rows"] if row["tokens"] == tokens]
+        dense = [row["milliseconds"] for row in rows if row["what"] == "dense SDPA"]
+        for word in ("rebuilds", "reuses"):
+            row = next(row for row in rows if row["what"].endswith(word))
+            share[word, tokens] = 100 * row["milliseconds"] / dense[0]  # as in the README
+    assert f"| {share['rebuilds', 32760]:.1f} %, {share['rebuilds', 75600]:.1f} % |" in NOTEBOOK
+    reuse = f"{share['reuses', 32760]:.1f} % at 32,760, {share['reuses', 75600]:.1f} % at 75,600"
+    assert reuse in NOTEBOOK
+
+
+def test_the_default_kernels_range_is_the_recorded_one() -> None:
+    record = json.loads((ROOT / "benchmarks/results/attention-h200.json").read_text(encoding="utf-8"))
+    rates = [row["tflops"] for row in record["rows"] if row["what"] == "haste kernel"]
+    assert f"{min(rates):.0f}–{max(rates):.0f} TFLOP/s" in NOTEBOOK
+
+
+def test_compile_times_are_the_recorded_ones() -> None:
+    record = json.loads((ROOT / "benchmarks/results/compile-time-cpu.json").read_text(encoding="utf-8"))
+    whole, blocks = record["rows"]
+    text = " ".join(NOTEBOOK.split())
+    assert record["environment"]["torch"] in text
+    assert f"CPU: {whole['cpu_ratio']:.2f}× whole, {blocks['cpu_ratio']:.2f}× blocks" in text
+    assert f"whole model {whole['dense_cpu_s']:.1f} dense and {whole['haste_cpu_s']:.1f} haste" in text
+    assert f"blocks {blocks['dense_cpu_s']:.1f} and {blocks['haste_cpu_s']:.1f}" in text
+    assert f"Wall time, {whole['wall_ratio']:.2f}× and {blocks['wall_ratio']:.2f}×" in text
+    assert max(whole["cpu_ratio"], blocks["cpu_ratio"]) <= 1.15
+
+
+def test_compile_times_are_summarised_by_medians() -> None:
+    compile_time = importlib.import_module("benchmarks.compile_time")
+    times = {
+        "dense": [{"cpu": 10.0, "wall": 5.0}, {"cpu": 20.0, "wall": 9.0}, {"cpu": 12.0, "wall": 4.0}],
+        "haste": [{"cpu": 15.0, "wall": 6.0}, {"cpu": 9.0, "wall": 6.0}, {"cpu": 99.0, "wall": 7.0}],
+    }
+    row = compile_time.summarise("whole", times)
+    assert (row["dense_cpu_s"], row["haste_cpu_s"], row["cpu_ratio"]) == (12.0, 15.0, 1.25)
+    assert (row["dense_wall_s"], row["haste_wall_s"], row["wall_ratio"]) == (5.0, 6.0, 1.2)
