@@ -22,6 +22,8 @@ _PUBLIC = {
     "explain": "haste_compile.explanation",
     "statistics": "haste_compile.state",
     "reset": "haste_compile.state",
+    "calibrate": "haste_compile.calibration.run",
+    "CalibrationProfile": "haste_compile.calibration.profile",
     "HasteConfig": "haste_compile.config",
     "HasteError": "haste_compile.errors",
 }

@@ -71,3 +71,11 @@ class DeviceError(HasteError):
 
 class DependencyError(HasteError):
     """An optional package is missing or has a version that is not supported."""
+
+
+class ProfileError(HasteError):
+    """A calibration profile or its journal is damaged, of another version, or belongs to other weights."""
+
+
+class BudgetError(OptionError):
+    """No choice among the candidate thresholds meets a calibration budget."""
