@@ -6,10 +6,12 @@ needs is decided where the instance's state is made, by its weights. Thresholds 
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import logging
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ Rows = tuple[tuple[float, ...], ...]
 _FIXED = ("predictor", "block_size", "stride", "relative_drift")
 _THRESHOLDS = ("top_p", "delta")
 
+_warming_up = contextvars.ContextVar("warming_up", default=False)
 _pipes: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter -> weak reference to its pipeline
 
 
@@ -163,6 +166,16 @@ def check_pipeline(pipe: Any, transformers: Mapping[str, nn.Module], folder: str
             _pipes[parameter] = weakref.ref(pipe)
 
 
+@contextlib.contextmanager
+def warming_up() -> Iterator[None]:
+    """Around calls that only compile: their number of steps is no video's."""
+    token = _warming_up.set(True)
+    try:
+        yield
+    finally:
+        _warming_up.reset(token)
+
+
 def mismatches(folder: str | Path, request: Any) -> list[str]:
     """In words, how a request differs from what a profile was calibrated for."""
     calibrated = load_cached(folder).request
@@ -174,7 +187,7 @@ def mismatches(folder: str | Path, request: Any) -> list[str]:
 
 
 def _warn_steps(profile: CalibrationProfile, steps: int | None) -> None:
-    if steps is not None and steps != profile.request["steps"]:
+    if steps is not None and steps != profile.request["steps"] and not _warming_up.get():
         logger.warning(
             "haste: the profile was calibrated for %d steps, this video has %d: errors will differ from those"
             " measured",

@@ -15,7 +15,7 @@ from graph_capture import export
 from tiny_calibration import REQUEST, Finished
 
 from haste_compile.calibration.fingerprint import Fingerprint
-from haste_compile.calibration.use import mismatches
+from haste_compile.calibration.use import mismatches, warming_up
 from haste_compile.config import HasteConfig, parse_options
 from haste_compile.errors import OptionError, ProfileError
 from haste_compile.generation import generate
@@ -189,3 +189,12 @@ def test_an_exported_graph_gets_the_table_too(finished: Finished) -> None:
     )
     wanted = torch.tensor(finished.profile.experts["transformer"].top_p).float()
     torch.testing.assert_close(torch.stack([gm.haste_0_top_p, gm.haste_1_top_p]), wanted)
+
+
+def test_a_warm_up_is_no_video(finished: Finished, caplog: pytest.LogCaptureFixture) -> None:
+    """Four steps that only compile are not warned of, as the demo runs them."""
+    with optimize(finished.pipe, profile=str(finished.folder), inner="eager"), warming_up():
+        generate(
+            finished.pipe, dataclasses.replace(REQUEST, frames=21, steps=4), lambda _s: None, decode=False
+        )
+    assert "calibrated with 320 tokens" in caplog.text and "calibrated for 5 steps" not in caplog.text
