@@ -26,6 +26,8 @@ _PUBLIC = {
     "cache_counts": "haste_compile.compile_cache",
     "statistics": "haste_compile.state",
     "reset": "haste_compile.state",
+    "calibrate": "haste_compile.calibration.run",
+    "CalibrationProfile": "haste_compile.calibration.profile",
     "HasteConfig": "haste_compile.config",
     "HasteError": "haste_compile.errors",
 }

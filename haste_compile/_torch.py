@@ -9,6 +9,7 @@ compile.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -346,3 +347,8 @@ def through_dynamo(error: HasteError) -> HasteError:
     twin: Any = Exception.__new__(type(kind.__name__, (kind, ShortenTraceback), names), *error.args)
     twin.__dict__.update(error.__dict__, first_useful_frame=None)
     return twin
+
+
+def many_graphs() -> contextlib.AbstractContextManager[None]:
+    """Let Dynamo keep more graphs of one function than it does by default, while the context lasts."""
+    return torch._dynamo.config.patch(recompile_limit=64)

@@ -159,7 +159,11 @@ class _StatefulGraph:
 
     def __call__(self, *args: Any) -> Any:
         state = find_state(
-            args[self._anchor], self._specs_for(args), self._config, sees_clock=self._clock_inputs is not None
+            args[self._anchor],
+            self._specs_for(args),
+            self._config,
+            sees_clock=self._clock_inputs is not None,
+            arguments=args,
         )
         if self._clock_inputs is not None:
             state.clock.tick(*(args[position] for position in self._clock_inputs))

@@ -14,7 +14,14 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 import haste_compile
@@ -88,12 +95,12 @@ def demo(
     Both runs are compiled and start from the same noise. Exit code 1 says that a check failed.
     """
     from haste_compile.demo import run_demo
-    from haste_compile.generation import default_options
+    from haste_compile.generation import complete_options
     from haste_compile.loading import NANO_WAN, pick_device
 
     chosen = model or NANO_WAN
     request = _request(chosen, prompt, seed, steps, guidance, height, width, frames)
-    options = {**default_options(chosen), **_given(predictor, option)}
+    options = complete_options(chosen, _given(predictor, option))
     with _progress() as report:
         summary = run_demo(chosen, request, options, out=out, device=pick_device(device), progress=report)
     if as_json:
@@ -128,7 +135,7 @@ def generate(
     With `--dense` the same compiled pipeline runs without HASTE.
     """
     from haste_compile.compile_cache import warm_start
-    from haste_compile.generation import default_options
+    from haste_compile.generation import complete_options
     from haste_compile.generation import generate as run
     from haste_compile.loading import NANO_WAN, default_dtype, import_optional, load_pipeline, pick_device
     from haste_compile.output import new_file
@@ -159,7 +166,7 @@ def generate(
             for transformer in find_transformers(pipe).values():
                 transformer.compile(backend="inductor", dynamic=False)
         else:
-            handle = optimize(pipe, **{**default_options(chosen), **options})
+            handle = optimize(pipe, **complete_options(chosen, options))
         report("compiling and generating", 0, request.steps)
         result = run(pipe, request, lambda step: report("generating", step + 1, request.steps))
         report("writing", request.steps, request.steps)
@@ -193,12 +200,12 @@ def explain(
     minute and needs no GPU; give `--device cuda` to ask about one that is elsewhere.
     """
     from haste_compile.explanation import explain as run
-    from haste_compile.generation import default_options, default_request
+    from haste_compile.generation import complete_options, default_request
     from haste_compile.loading import NANO_WAN, default_dtype, known_device, transformer_structures
 
     chosen = model or NANO_WAN
     size = default_request(chosen)
-    options = {**default_options(chosen), **_given(predictor, option)}
+    options = complete_options(chosen, _given(predictor, option))
     target = known_device(device)
     explanations = {}
     with _progress() as report:
@@ -243,12 +250,12 @@ def export(
     `haste_compile.load` runs it in place of the transformer; it asks for the digest printed here.
     """
     from haste_compile.artifacts import export as run
-    from haste_compile.generation import default_options, default_request
+    from haste_compile.generation import complete_options, default_request
     from haste_compile.loading import NANO_WAN, default_dtype, load_pipeline, pick_device
 
     chosen = model or NANO_WAN
     size = default_request(chosen)
-    options = {**default_options(chosen), **_given(predictor, option)}
+    options = complete_options(chosen, _given(predictor, option))
     target = pick_device(device)
     with _progress() as report:
         report("loading", 0, 1)
@@ -269,6 +276,89 @@ def export(
         return
     print(f"{out}: {manifest.format} for {manifest.size}, {len(manifest.sites)} attention sites rewritten")
     print(f"sha256 {manifest.digest}")
+
+
+@app.command()
+def calibrate(
+    model: _Model = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="A prompt on each line. Default for nano-wan: its own twelve.")
+    ] = None,
+    out: Annotated[
+        Path, typer.Option(help="Folder for the profile and, until it is done, its journal.")
+    ] = Path("outputs/profile"),
+    method: Annotated[
+        str | None, typer.Option(help="gradient (default), or exact: the paper's form.")
+    ] = None,
+    candidates: Annotated[
+        str | None, typer.Option(help="Thresholds a head may get. Default: 0.85,0.9,0.95.")
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="shared:τ (default shared:0.9), sparsity:S or density:D.")
+    ] = None,
+    allocator: Annotated[str | None, typer.Option(help="additive (default) or quadratic.")] = None,
+    delta: Annotated[
+        str | None, typer.Option(help="keep (default) the option's δ, or choose one for each head.")
+    ] = None,
+    videos: Annotated[int | None, typer.Option(help="Dense videos to measure at.")] = None,
+    intervals: Annotated[int | None, typer.Option(help="Steps measured in each video. Default: 4.")] = None,
+    probes: Annotated[int | None, typer.Option(help="Probes sent backwards. Default: 4.")] = None,
+    held_out: Annotated[int | None, typer.Option(help="Prompts kept for the comparison with dense.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of every draw. Default: 0.")] = None,
+    budget_minutes: Annotated[
+        float | None, typer.Option(help="Stop measuring after so long; repeat the command to go on.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Tell the cost and stop.")] = False,
+    image: Annotated[Path | None, typer.Option(help="First frame, for image-to-video models.")] = None,
+    steps: _Steps = None,
+    guidance: _Guidance = None,
+    height: _Height = None,
+    width: _Width = None,
+    frames: _Frames = None,
+    device: _Device = None,
+    option: _Options = None,
+    as_json: _Json = False,
+) -> None:
+    """Give every attention head its own threshold, under one budget of sparsity.
+
+    Writes `profile.json` and `tables.safetensors`, for `-o profile=FOLDER`. A run that was stopped goes on
+    where it was when the command is repeated; under torchrun the work is divided over the ranks.
+    """
+    from haste_compile.calibration.command import run
+    from haste_compile.loading import NANO_WAN, pick_device
+
+    chosen = model or NANO_WAN
+    request = _request(chosen, None, None, steps, guidance, height, width, frames)
+    given = {
+        "method": method,
+        "candidates": None if candidates is None else _numbers("--candidates", candidates),
+        "budget": budget,
+        "allocator": allocator,
+        "delta": delta,
+        "videos": videos,
+        "intervals": intervals,
+        "probes": probes,
+        "held_out": held_out,
+        "seed": seed,
+    }
+    with _progress(time_left=True) as report:
+        cost, profile = run(
+            chosen,
+            prompts,
+            dataclasses.replace(request, image=image),
+            options=parse_options(option or []),
+            settings={name: value for name, value in given.items() if value is not None},
+            out=out,
+            device=pick_device(device),
+            budget_minutes=budget_minutes,
+            dry_run=dry_run,
+            progress=report,
+        )
+    if as_json:
+        facts = {"cost": cost.to_dict(), "profile": None if profile is None else profile.to_dict()}
+        print(json.dumps(facts, indent=2))
+    else:
+        print(cost if profile is None else f"{profile.summary()}\n{out}")
 
 
 @app.command()
@@ -316,7 +406,7 @@ def _given(predictor: str | None, option: list[str] | None) -> dict[str, Any]:
 def _request(
     model: Path,
     prompt: str | None,
-    seed: int,
+    seed: int | None,
     steps: int | None,
     guidance: float | None,
     height: int | None,
@@ -338,13 +428,27 @@ def _request(
     return dataclasses.replace(default_request(model), **changes)
 
 
+def _numbers(option: str, text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise OptionError(
+            found=repr(text),
+            wanted="numbers with commas between",
+            where=option,
+            fix="Write it like 0.85,0.9.",
+        ) from error
+
+
 @contextlib.contextmanager
-def _progress() -> Iterator[Any]:
+def _progress(*, time_left: bool = False) -> Iterator[Any]:
     """A progress bar on stderr: call it with what is going on, steps done, steps in all."""
     for name in ("diffusers", "transformers"):
         if importlib.util.find_spec(name) is not None:  # their own bars would break ours
             importlib.import_module(f"{name}.utils.logging").disable_progress_bar()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()]
+    if time_left:
+        columns += [TextColumn("left:"), TimeRemainingColumn(elapsed_when_finished=False)]
     with Progress(*columns, console=_errors, transient=not _errors.is_terminal) as progress:
         tasks: dict[str, Any] = {}
 

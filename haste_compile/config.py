@@ -52,6 +52,8 @@ class HasteConfig:
         strict: a self-attention site that cannot be rewritten is an error.
         stats: record the counters after every call, for ``Statistics.steps``; launches copies, never waits.
         inner: compiler of the rewritten graph: "inductor", "aot_eager" or "eager".
+        profile: folder of a calibration profile. It brings ``top_p`` and ``delta`` for every head, which then
+            stand in the state and not here, and the options that it was calibrated under.
     """
 
     preset: str = "haste-v1"
@@ -75,6 +77,7 @@ class HasteConfig:
     strict: bool = False
     stats: bool = False
     inner: Literal["inductor", "aot_eager", "eager"] = "inductor"
+    profile: str | None = None
 
     def __post_init__(self) -> None:
         _choice("preset", self.preset, tuple(PRESETS))
@@ -112,6 +115,7 @@ class HasteConfig:
 
         Raises:
             OptionError: an unknown name or a bad value; the nearest known name is offered.
+            ProfileError: a profile that cannot be used.
         """
         given = dict(options or {})
         known = {field.name for field in dataclasses.fields(cls)}
@@ -128,6 +132,13 @@ class HasteConfig:
         _choice("preset", preset, tuple(PRESETS))
         predictor = _predictor(given.get("predictor", cls.predictor))
         values = {**predictor.defaults, **PRESETS[preset], **given}
+        if given.get("profile") is not None:
+            from haste_compile.calibration.use import options_of
+
+            brought = options_of(given)
+            values.update(
+                {name: value for name, value in brought.items() if name not in given or name == "profile"}
+            )
         for name in ("top_p", "delta"):
             if name in values:
                 values[name] = _freeze_table(name, values[name])
@@ -138,7 +149,10 @@ class HasteConfig:
 
     def to_options(self) -> dict[str, Any]:
         """The options dict that gives this config again; JSON-able."""
-        return dataclasses.asdict(self)
+        options = dataclasses.asdict(self)
+        if self.profile is not None:  # its thresholds take their place
+            del options["top_p"], options["delta"]
+        return options
 
 
 def parse_options(pairs: Sequence[str]) -> dict[str, Any]:

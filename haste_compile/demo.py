@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -12,11 +13,14 @@ from typing import Any
 import torch
 
 from haste_compile import _torch, doctor
+from haste_compile.calibration.use import mismatches, warming_up
 from haste_compile.errors import OptionError
 from haste_compile.generation import Generation, Request, generate
 from haste_compile.loading import default_dtype, load_pipeline
 from haste_compile.output import new_folder
 from haste_compile.pipeline import Handle, find_transformers, optimize
+
+logger = logging.getLogger(__name__)
 
 #: What the demo has to show, beside every self-attention rewritten, no graph break and no late recompile.
 MAX_DENSITY, MIN_PSNR_DB = 0.6, 25.0
@@ -63,6 +67,9 @@ def run_demo(
                 fix="Use `haste generate --image` for image-to-video.",
             )
         dense = _run_dense(pipe, request, progress)
+        if options.get("profile") is not None:
+            for mismatch in mismatches(options["profile"], request):
+                logger.warning("haste: the profile was calibrated for another request: %s", mismatch)
         with optimize(pipe, **options) as handle:
             run = _run_haste(pipe, request, handle, progress)
         progress("comparing", 0, 1)
@@ -168,7 +175,8 @@ def _warm_up(
         on_step(step)
         progress(what, step + 1, steps)
 
-    generate(pipe, dataclasses.replace(request, steps=steps), after_step)
+    with warming_up():
+        generate(pipe, dataclasses.replace(request, steps=steps), after_step)
 
 
 def _summary(

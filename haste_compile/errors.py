@@ -91,3 +91,11 @@ class ArtifactTrustError(ArtifactError):
 
 class ArtifactSizeError(ArtifactError):
     """An artifact was called for another video size, batch or text length than it was exported for."""
+
+
+class ProfileError(HasteError):
+    """A calibration profile or its journal is damaged, of another version, or belongs to other weights."""
+
+
+class BudgetError(OptionError):
+    """No choice among the candidate thresholds meets a calibration budget."""

@@ -13,7 +13,7 @@ import torch
 
 from haste_compile.errors import OptionError
 from haste_compile.explanation import TEXT_TOKENS
-from haste_compile.loading import NANO_WAN, import_optional
+from haste_compile.loading import NANO_PROFILE, NANO_WAN, import_optional
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,14 +84,33 @@ def default_request(model: str | Path) -> Request:
     return NANO_REQUEST if Path(model) == NANO_WAN else Request(prompt="A cat walks on the grass, realistic")
 
 
+#: What a calibration profile stands in the way of: its thresholds, and what they were measured under.
+_FIXED_BY_PROFILE = {"profile", "top_p", "delta", "predictor", "block_size", "stride", "relative_drift"}
+
+
 def default_options(model: str | Path) -> dict[str, Any]:
-    """Options of the haste backend that suit a model."""
+    """Options of the haste backend that suit a model, one threshold for all heads."""
     return dict(NANO_OPTIONS) if Path(model) == NANO_WAN else {}
+
+
+def complete_options(model: str | Path, given: dict[str, Any]) -> dict[str, Any]:
+    """The user's options and what suits the model where they leave it open.
+
+    The embedded model has a calibration profile; it is left out where an option contradicts it.
+    """
+    if Path(model) != NANO_WAN or "profile" in given:
+        return dict(given)
+    if _FIXED_BY_PROFILE & set(given):
+        return {**default_options(model), **given}
+    return {"profile": str(NANO_PROFILE), **given}
 
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """A generated video, float32 [F, H, W, 3] in [0, 1], and the seconds of each denoising step."""
+    """A generated video, float32 [F, H, W, 3] in [0, 1], and the seconds of each denoising step.
+
+    Or its latents, float32 [C, F, H, W], where it was not decoded.
+    """
 
     video: np.ndarray
     step_seconds: tuple[float, ...]
@@ -102,8 +121,12 @@ class Generation:
         return sum(self.step_seconds)
 
 
-def generate(pipe: Any, request: Request, on_step: Callable[[int], None]) -> Generation:
+def generate(
+    pipe: Any, request: Request, on_step: Callable[[int], None], *, decode: bool = True
+) -> Generation:
     """Generate the video; ``on_step(i)`` is called after step i, off the clock.
+
+    With ``decode=False`` the result holds the latents.
 
     Raises:
         OptionError: an image for a text-to-video pipeline, or none for image-to-video.
@@ -142,10 +165,13 @@ def generate(pipe: Any, request: Request, on_step: Callable[[int], None]) -> Gen
         num_frames=request.frames,
         generator=torch.Generator().manual_seed(request.seed),
         callback_on_step_end=step_ended,
-        output_type="np",
+        output_type="np" if decode else "latent",
         **keywords,
     )
-    return Generation(np.asarray(output.frames[0], np.float32), tuple(seconds))
+    frames = output.frames[0]
+    if isinstance(frames, torch.Tensor):
+        frames = frames.float().cpu().numpy()
+    return Generation(np.asarray(frames, np.float32), tuple(seconds))
 
 
 def _image_keywords(pipe: Any, request: Request) -> dict[str, Any]:

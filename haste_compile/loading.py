@@ -14,6 +14,8 @@ from haste_compile.errors import DependencyError, DeviceError, ModelPathError, O
 
 #: The embedded default model; its card is README.md in the folder.
 NANO_WAN = Path(__file__).parent / "assets" / "nano_wan"
+#: Its calibration profile, made by ``haste calibrate``.
+NANO_PROFILE = Path(__file__).parent / "assets" / "nano_wan_profile"
 
 _PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
 

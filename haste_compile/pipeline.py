@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import dataclasses
 import functools
 from collections.abc import Callable
 from types import TracebackType
@@ -49,6 +48,7 @@ def optimize(
     Raises:
         OptionError: an unknown or bad option, or nothing to compile in the argument.
         StateError: a transformer is compiled already, by ``optimize`` or otherwise.
+        ProfileError: ``profile`` is damaged, or calibrated for other weights.
     """
     config = HasteConfig.from_options(options)
     if compile not in ("whole", "blocks"):
@@ -72,6 +72,10 @@ def optimize(
                 where=f"optimize(), {name}",
                 fix="Call restore() on the earlier handle, or do not compile it yourself.",
             )
+    if config.profile is not None:
+        from haste_compile.calibration.use import check_pipeline
+
+        check_pipeline(pipe_or_transformer, transformers, config.profile)
     compiler = _backend(config, mode)
     attachments: list[Attachment | StepHook] = []
     for name, transformer in transformers.items():
@@ -123,7 +127,7 @@ class Handle:
 
     def explain(self, *, height: int, width: int, num_frames: int) -> dict[str, Explanation]:
         """What a video of that size would become under these options; see ``haste_compile.explain``."""
-        options = dataclasses.asdict(self.config)
+        options = self.config.to_options()
         return explain(self._target, height=height, width=width, num_frames=num_frames, **options)
 
     def summary(self) -> str:

@@ -12,7 +12,7 @@ import dataclasses
 import logging
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -105,6 +105,7 @@ class HasteState(nn.Module):
         config: options of the compile call.
         clock: the clock that serves these sites.
         rows: rows of the [L][H] threshold tables that belong to the sites, and L.
+        thresholds: tables instead of the options', by name: a profile's.
 
     Raises:
         ThresholdError: a threshold table does not fit the sites.
@@ -117,11 +118,13 @@ class HasteState(nn.Module):
         *,
         clock: Clock,
         rows: tuple[Sequence[int], int],
+        thresholds: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.specs, self.config, self.clock = tuple(specs), config, clock
         self._records: deque[tuple[Tensor, list[Tensor]]] = deque(maxlen=RECORDED_CALLS)
         indices, total = rows
+        tables = thresholds or {name: getattr(config, name) for name in THRESHOLDS}
         with torch.inference_mode(False):
             for i, (spec, row) in enumerate(zip(self.specs, indices, strict=True)):
                 shape = (spec.B, spec.H, spec.N, spec.D)
@@ -129,7 +132,7 @@ class HasteState(nn.Module):
                 del layouts["ctl"]  # the clock's
                 for field, (size, dtype) in layouts.items():
                     if field in THRESHOLDS:
-                        tensor = _heads(field, getattr(config, field), row, total, spec)
+                        tensor = _heads(field, tables[field], row, total, spec)
                     else:
                         tensor = torch.zeros(tuple(map(int, size)), dtype=dtype, device=spec.device)
                     self.register_buffer(f"{field}_{i}", tensor, persistent=False)
@@ -264,7 +267,12 @@ _attachments: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter -> (Attac
 
 
 def find_state(
-    anchor: Tensor, specs: tuple[StateSpec, ...], config: HasteConfig, *, sees_clock: bool
+    anchor: Tensor,
+    specs: tuple[StateSpec, ...],
+    config: HasteConfig,
+    *,
+    sees_clock: bool,
+    arguments: Sequence[Any] = (),
 ) -> HasteState:
     """The state of the instance that ``anchor`` belongs to, made at the first call.
 
@@ -273,6 +281,11 @@ def find_state(
         specs: the graph's rewritten sites.
         config: the graph's options.
         sees_clock: the graph itself sees latents, timestep and text.
+        arguments: of the call, the instance's parameters among them: a profile is for certain weights.
+
+    Raises:
+        ProfileError: the options name a profile that is for other weights or other sites.
+        StateError: blocks that were compiled one by one in a way that cannot work.
     """
     states = _states.get(anchor)
     if states is None:
@@ -280,7 +293,7 @@ def find_state(
     key = (specs, config)
     state = states.pop(key, None)
     if state is None:
-        state = _make_state(anchor, specs, config, sees_clock)
+        state = _make_state(anchor, specs, config, sees_clock, arguments)
         for oldest in list(states)[: max(0, len(states) - SIZES + 1)]:
             del states[oldest]
     states[key] = state  # last: used most recently
@@ -288,7 +301,11 @@ def find_state(
 
 
 def _make_state(
-    anchor: Tensor, specs: tuple[StateSpec, ...], config: HasteConfig, sees_clock: bool
+    anchor: Tensor,
+    specs: tuple[StateSpec, ...],
+    config: HasteConfig,
+    sees_clock: bool,
+    arguments: Sequence[Any],
 ) -> HasteState:
     device = specs[0].device
     attached = _attachments.get(anchor)
@@ -296,7 +313,11 @@ def _make_state(
         _refuse_steps_without_clock(config)
     if sees_clock or attached is None:
         return HasteState(
-            specs, config, clock=clock_for(config, device), rows=(range(len(specs)), len(specs))
+            specs,
+            config,
+            clock=clock_for(config, device),
+            rows=(range(len(specs)), len(specs)),
+            thresholds=_profile_tables(config, specs, len(specs), arguments),
         )
     attachment, index = attached
     if config != attachment.config:
@@ -315,7 +336,24 @@ def _make_state(
             where=f"block {index}",
             fix="Compile the whole transformer instead of its blocks.",
         )
-    return HasteState(named, config, clock=attachment.clock(device), rows=((index,), attachment.blocks))
+    return HasteState(
+        named,
+        config,
+        clock=attachment.clock(device),
+        rows=((index,), attachment.blocks),
+        thresholds=_profile_tables(config, specs, attachment.blocks, arguments),
+    )
+
+
+def _profile_tables(
+    config: HasteConfig, specs: Sequence[StateSpec], sites: int, arguments: Sequence[Any]
+) -> Mapping[str, Any] | None:
+    if config.profile is None:
+        return None
+    from haste_compile.calibration.use import thresholds
+
+    parameters = [value for value in arguments if isinstance(value, nn.Parameter)]
+    return thresholds(config.profile, parameters, sites=sites, heads=specs[0].H, tokens=specs[0].N)
 
 
 def _refuse_steps_without_clock(config: HasteConfig) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, fx
 
 from haste_compile import _torch
-from haste_compile.config import HasteConfig, threshold_row
+from haste_compile.config import HasteConfig, Thresholds, threshold_row
 from haste_compile.kernels.layout import Ctl
 from haste_compile.predictors import Predictor, get_predictor
 from haste_compile.predictors.base import THRESHOLDS, Layout, Size, site_layouts
@@ -179,16 +180,20 @@ class BufferBinding:
     def __init__(self) -> None:
         self.inputs: list[StateInput] = []
         self._nodes: dict[StateInput, fx.Node] = {}
+        self._tables: Mapping[str, Thresholds] | None = None
 
     def bind(self, gm: fx.GraphModule, ctx: PassContext, site: AttentionSite, field: str) -> fx.Node:
         """As ``StateBinding.bind``.
 
         Raises:
             ThresholdError: a threshold table does not fit the rewritten sites.
+            ProfileError: a profile is for other weights or other sites.
         """
         wanted = StateInput.of(site, field)
+        if self._tables is None:
+            self._tables = _thresholds(gm, ctx, site)
         if wanted not in self._nodes:
-            gm.register_buffer(wanted.name, _initial_state(ctx, site, field))
+            gm.register_buffer(wanted.name, _initial_state(ctx, site, field, self._tables))
             with gm.graph.inserting_before(site.inserted[0]):
                 node = gm.graph.get_attr(wanted.name)
             shape, dtype = ctx.layouts(site)[field]
@@ -207,13 +212,26 @@ def same_layout(a: Tensor, b: Tensor) -> bool:
     )
 
 
-def _initial_state(ctx: PassContext, site: AttentionSite, field: str) -> Tensor:
+def _thresholds(gm: fx.GraphModule, ctx: PassContext, site: AttentionSite) -> Mapping[str, Thresholds]:
+    """The tables of the options, or of the profile that they name."""
+    if ctx.config.profile is None:
+        return {name: getattr(ctx.config, name) for name in THRESHOLDS}
+    from haste_compile.calibration.use import thresholds
+
+    heads, tokens = int(site.shape[1]), int(site.shape[2])
+    parameters = list(gm.parameters())
+    return thresholds(ctx.config.profile, parameters, sites=len(ctx.rewritten), heads=heads, tokens=tokens)
+
+
+def _initial_state(
+    ctx: PassContext, site: AttentionSite, field: str, tables: Mapping[str, Thresholds]
+) -> Tensor:
     shape, dtype = ctx.layouts(site)[field]
     tensor = torch.zeros([int(size) for size in shape], dtype=dtype, device=site.device)
     if field == "ctl":
         tensor[Ctl.EPOCH] = 1
     elif field in THRESHOLDS and site.index is not None:
         heads = int(site.shape[1])
-        row = threshold_row(field, getattr(ctx.config, field), site.index, len(ctx.rewritten), heads)
+        row = threshold_row(field, tables[field], site.index, len(ctx.rewritten), heads)
         tensor[:heads] = torch.tensor(row)
     return tensor

@@ -49,6 +49,7 @@ def haste(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
         (("demo",), "compare.html"),
         (("generate",), "--dense"),
         (("explain",), "no weights"),
+        (("calibrate",), "--dry-run"),
         (("doctor",), "what will run where"),
     ],
 )

@@ -110,10 +110,10 @@ def test_wheel_holds_code_data_and_licence(wheel: Path) -> None:
         assert name in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not [name for name in names if name.split("/")[0] in ("passes", "kernels", "tests")]
-    model = ROOT / "haste_compile" / "assets" / "nano_wan"
+    assets = ROOT / "haste_compile" / "assets"
     assert {
         f"haste_compile/{path.relative_to(ROOT / 'haste_compile')}"
-        for path in model.rglob("*")
+        for path in assets.rglob("*")
         if path.is_file()
     } <= set(names)
 

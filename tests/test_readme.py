@@ -37,6 +37,7 @@ SMALL_ARGUMENTS = {
     "doctor": "",
     "explain": f"{SMALL} -o block_size=64 -o min_tokens=64",
     "generate": f"{SMALL} --steps 1 -o block_size=64 -o min_tokens=64 -o inner=eager",
+    "calibrate": f"{SMALL} --steps 1 --intervals 1 --probes 1 -o block_size=64 -o min_tokens=64",
 }
 #: Shell lines that another test or CI itself runs, and which.
 RUN_ELSEWHERE = {
@@ -47,6 +48,7 @@ RUN_ELSEWHERE = {
     ),
     "pip install 'haste-compile[gpu]'": "tests/test_packaging.py installs the wheel",
     "pip install 'haste-compile[demo]'": "tests/test_packaging.py installs the wheel",
+    "pip install 'haste-compile[calibrate]'": "tests/test_packaging.py installs the wheel",
 }
 
 
@@ -97,10 +99,18 @@ def _shrink(code: str) -> str:
 def test_shell_commands_run(
     command: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.txt").write_text("a red circle moves left\n", encoding="utf-8")
+    if "profile=profile" in command:  # the line before makes it
+        (making,) = (line for line in _commands() if line.endswith("--out profile"))
+        _run(making, model, monkeypatch, capsys)
+    _run(command, model, monkeypatch, capsys)
+
+
+def _run(command: str, model: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     program, subcommand, *arguments = shlex.split(command)
     assert program == "haste"
     arguments = [str(model) if "Wan-AI/" in argument else argument for argument in arguments]
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["haste", subcommand, *arguments, *SMALL_ARGUMENTS[subcommand].split()])
     with pytest.raises(SystemExit) as exit_:
         cli.main()

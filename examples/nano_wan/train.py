@@ -9,6 +9,11 @@ optimiser. To resume on another machine, put the pieces into ``--work`` and call
 
 Stages (``plan.py``): the VAE on short and on full-length clips; the text encoder alone; the transformer and
 the text encoder together on small clips (320 tokens), and on full clips (2304 tokens).
+
+Other weights want other thresholds: once the new pipeline lies in ``haste_compile/assets/nano_wan``, the
+calibration profile that goes with the old one is refused, also by the demo. It is made anew by
+
+    haste calibrate --out haste_compile/assets/nano_wan_profile
 """
 
 import argparse

@@ -1,0 +1,198 @@
+"""Write the study's figures into docs/calibration.md: tables between markers, and two plots.
+
+    python -m benchmarks.calibration_report
+
+Reads ``benchmarks/results/calibration-*.json``; a part whose record is missing says "not run". The tests hold
+document and records together.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+DOCUMENT = ROOT / "docs" / "calibration.md"
+RESULTS = ROOT / "benchmarks" / "results"
+PLOTS = ROOT / "docs" / "images"
+
+#: Part of the document -> record, and command that makes it.
+RECORDS = {
+    "study": ("calibration-study-cpu.json", "python -m benchmarks.calibration_study --small --no-plain"),
+    "study-gpu": (
+        "calibration-study-gpu.json",
+        "python -m benchmarks.calibration_study --prompts 20 --seeds 2 --dtype float16",
+    ),
+    "forms-gpu": ("calibration-forms-gpu.json", "python -m benchmarks.calibration_forms --dtype float16"),
+    "cost-1.3b": ("calibration-cost-1.3b.json", "python -m benchmarks.calibration_cost --model 1.3b"),
+    "cost-14b": ("calibration-cost-14b.json", "python -m benchmarks.calibration_cost --model 14b"),
+}
+
+
+def fill(text: str) -> str:
+    """The document with every part between ``<!-- name -->`` and ``<!-- end -->`` written anew."""
+    for name, (file, command) in RECORDS.items():
+        start, end = f"<!-- {name} -->\n", "<!-- end -->"
+        before, _, rest = text.partition(start)
+        _, _, after = rest.partition(end)
+        path = RESULTS / file
+        if path.is_file():
+            record = json.loads(path.read_text(encoding="utf-8"))
+            body = WRITERS[name.split("-")[0]](record, command)
+            body += "".join(f"\n\n![{what}](images/{file})" for file, what in plots(name, record).items())
+        else:
+            body = f"Not run: `{command} --json benchmarks/results/{file}`"
+        text = f"{before}{start}\n{body}\n\n{end}{after}"
+    return text
+
+
+def study(record: dict[str, Any], command: str) -> str:
+    """Setting, table of rows, table of differences, and what else was measured."""
+    setting = record["setting"]
+    videos = setting["prompts"] * setting["seeds"]
+    lines = [
+        f"`{command}`: {setting['prompts']} prompts × {setting['seeds']} seed(s) that calibration has not "
+        f"seen, {setting['frames']} frames of {setting['height']}×{setting['width']}, {setting['steps']} "
+        f"steps of which {record['options']['dense_steps']} are dense, shared τ = {setting['shared']:g}, "
+        f"candidates {', '.join(f'{c:g}' for c in setting['candidates'])}. {_where(record)}. Nothing is "
+        "compiled; times are ratios to dense in the same process, on a machine that did other things too.",
+        "",
+        "| setting | density | masks rebuilt | PSNR mean, dB | worst | SSIM | latent error | time / dense |",
+        "|---|---|---|---|---|---|---|---|",
+        "| dense | 1.000 | – | equal | equal | 1.0000 | 0 | 1.00 |",
+    ]
+    for row in record["rows"]:
+        psnr = row["psnr"]
+        lines.append(
+            f"| {row['name']} | {row['density']:.3f} | {row['refresh_rate']:.0%} | "
+            f"{_mean(psnr):.2f} | {min(psnr):.2f} | {_mean(row['ssim']):.4f} | "
+            f"{_mean(row['latent_error']):.4f} | "
+            f"{row['time_over_dense']:.2f} |"
+        )
+    lines += [
+        "",
+        f"| difference, paired over {videos} videos | PSNR, dB | 95 % interval | in density |",
+        "|---|---|---|---|",
+    ]
+    for name, found in record["differences"].items():
+        low, high = found["interval"]
+        lines.append(
+            f"| {name} | {found['psnr_db']:+.2f} | [{low:+.2f}, {high:+.2f}] | {found['density']:+.3f} |"
+        )
+    overlap, joint = record["overlap"], record["joint"]
+    lines += [
+        "",
+        f"* Drift against mask overlap from one step to the next: Spearman {overlap['spearman']:.3f} over "
+        f"{overlap['pairs']:,} pairs (the paper: −0.757).",
+        f"* Joint error of all heads sparse, at {joint['states']} states: the additive sum predicts "
+        f"{joint['additive']:.3g}, the probes {joint['quadratic']:.3g}; measured "
+        f"{joint['measured_seen']:.3g} at the states of calibration, "
+        f"{joint['measured_unseen']:.3g} at others.",
+    ]
+    if record["forms"] is not None:
+        lines.append(
+            "* Gradient against exact E over all heads and candidates: Spearman "
+            f"{record['forms']['spearman']:.3f}."
+        )
+    return "\n".join(lines)
+
+
+def forms(record: dict[str, Any], command: str) -> str:
+    """One sentence on agreement and cost."""
+    low, high = record["joint_ratio_interval"]
+    return (
+        f"`{command}`: {_where(record)}. Spearman {record['spearman']:.3f} over {record['heads']} heads × "
+        f"{len(record['candidates'])} candidates; joint error gradient / exact {record['joint_ratio']:.3f} "
+        f"[{low:.3f}, {high:.3f}] at unseen states; measuring took {record['seconds']['exact']:.1f} s in the "
+        f"exact form and {record['seconds']['gradient']:.2f} s in the gradient form, "
+        f"{record['cost_ratio']:.0f} times less."
+    )
+
+
+def cost(record: dict[str, Any], command: str) -> str:
+    """One sentence on an estimate."""
+    gradient, exact = (record["estimates"][name]["seconds"] / 60 for name in ("gradient", "exact"))
+    return (
+        f"`{command}`: Wan 2.1 {record['model'].upper()} with random weights, {record['frames']} frames of "
+        f"{record['height']}×{record['width']}, {record['steps']} steps. {_where(record)}. One forward "
+        f"takes {record['seconds']['forward']:.2f} s, a probe's way back "
+        f"{record['seconds']['backward']:.2f} s. Estimate: {gradient:.0f} min in the gradient form, "
+        f"{exact:.0f} min in the exact form."
+    )
+
+
+WRITERS: dict[str, Callable[[dict[str, Any], str], str]] = {"study": study, "forms": forms, "cost": cost}
+
+
+def plots(name: str, record: dict[str, Any]) -> dict[str, str]:
+    """The plots of one record: file name -> what it shows."""
+    if not name.startswith("study"):
+        return {}
+    found = {f"calibration-{name}-quality.png": "PSNR to dense against density, every setting"}
+    if record["forms"] is not None:
+        found[f"calibration-{name}-forms.png"] = "E of every head and candidate, gradient against exact form"
+    return found
+
+
+def plot(name: str, record: dict[str, Any], folder: Path) -> None:
+    """Draw quality against density, and the two forms' errors against each other."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.2))
+    for row in record["rows"]:
+        point = axes.errorbar(
+            row["density"],
+            _mean(row["psnr"]),
+            yerr=[[_mean(row["psnr"]) - min(row["psnr"])], [max(row["psnr"]) - _mean(row["psnr"])]],
+            fmt="o",
+            capsize=2,
+        )
+        axes.annotate(
+            row["name"],
+            (row["density"], _mean(row["psnr"])),
+            textcoords="offset points",
+            xytext=(6, 4),
+            fontsize=7,
+            color=point[0].get_color(),
+        )
+    axes.set(xlabel="density", ylabel="PSNR to dense, dB (mean, range)")
+    figure.tight_layout()
+    figure.savefig(folder / f"calibration-{name}-quality.png", dpi=90)
+    pyplot.close(figure)
+    if record["forms"] is None:
+        return
+    figure, axes = pyplot.subplots(figsize=(4.6, 4.2))
+    a, b = record["forms"]["exact"], record["forms"]["gradient"]
+    axes.loglog(a, b, ".", markersize=4)
+    ends = [min(x for x in (*a, *b) if x > 0), max(*a, *b)]
+    axes.loglog(ends, ends, linewidth=0.8, color="grey")
+    axes.set(xlabel="E, exact form", ylabel="E, gradient form")
+    figure.tight_layout()
+    figure.savefig(folder / f"calibration-{name}-forms.png", dpi=90)
+    pyplot.close(figure)
+
+
+def _where(record: dict[str, Any]) -> str:
+    return f"{record['device']}, {record['dtype']}, torch {record['versions']['torch']}"
+
+
+def _mean(values: list[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def main() -> None:
+    for name, (file, _) in RECORDS.items():
+        if name.startswith("study") and (RESULTS / file).is_file():
+            PLOTS.mkdir(exist_ok=True)
+            plot(name, json.loads((RESULTS / file).read_text(encoding="utf-8")), PLOTS)
+    DOCUMENT.write_text(fill(DOCUMENT.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

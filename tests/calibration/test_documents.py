@@ -1,0 +1,163 @@
+"""docs/calibration.md: its figures are the records', its commands run, and so do the scripts behind them."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_wan
+import torch
+
+import haste_compile
+from benchmarks import calibration_cost, calibration_forms, calibration_report, calibration_study
+from haste_compile import cli
+from haste_compile.calibration.command import NANO_PROMPTS, NANO_SETTINGS
+from haste_compile.calibration.fingerprint import Fingerprint
+from haste_compile.config import HasteConfig
+from haste_compile.generation import NANO_OPTIONS, NANO_REQUEST, complete_options
+from haste_compile.loading import NANO_PROFILE, NANO_WAN, load_pipeline
+
+DOCUMENT = calibration_report.DOCUMENT.read_text(encoding="utf-8")
+SIZE = ["--height", "128", "--width", "128", "--frames", "17"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_wan.save_pipeline(tmp_path_factory.mktemp("model") / "tiny")
+
+
+def test_figures_are_the_records() -> None:
+    assert calibration_report.fill(DOCUMENT) == DOCUMENT
+    assert DOCUMENT.count("<!-- end -->") == len(calibration_report.RECORDS)
+
+
+def test_commands_run(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """The two lines in turn, on the tiny pipeline."""
+    monkeypatch.chdir(tmp_path)
+    block = re.search(r"^```sh\n(.*?)^```", DOCUMENT, re.M | re.S)
+    assert block is not None
+    calibrate, generate = block[1].splitlines()
+    more = f"--model {model} --steps 2 {' '.join(SIZE)} --device cpu -o block_size=64 -o min_tokens=64"
+    Path("prompts.txt").write_text("a red circle\n", encoding="utf-8")
+    extra = {calibrate: "--prompts prompts.txt --intervals 1 --guidance 1", generate: "-o inner=eager"}
+    for line, added in extra.items():
+        program, *arguments = shlex.split(f"{line} {more} {added}")
+        monkeypatch.setattr(sys, "argv", [program, *arguments])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        assert exit_.value.code in (0, None), capsys.readouterr().err
+    assert "attention sites rewritten" in capsys.readouterr().out
+
+
+def test_links_lead_somewhere() -> None:
+    targets = [t for t in re.findall(r"\]\(([^)]+)\)", DOCUMENT) if "://" not in t]
+    assert targets and all((calibration_report.DOCUMENT.parent / t).exists() for t in targets)
+
+
+def test_the_embedded_profile_is_what_the_command_makes() -> None:
+    profile = haste_compile.CalibrationProfile.load(NANO_PROFILE)
+    expert = profile.experts["transformer"]
+    settings = profile.calibration["settings"]
+    assert profile.model == "nano-wan" and expert.top_p.shape == (8, 6)
+    assert settings["candidates"] == list(NANO_SETTINGS["candidates"])
+    assert settings["budget"] == NANO_SETTINGS["budget"]
+    assert profile.calibration["units_done"] == profile.calibration["units_planned"]
+    assert profile.prompts["count"] == len(NANO_PROMPTS.read_text(encoding="utf-8").splitlines())
+    for name in ("height", "width", "frames", "steps", "guidance"):
+        assert profile.request[name] == getattr(NANO_REQUEST, name)
+    for name in ("block_size", "stride", "dense_steps"):
+        assert profile.options[name] == NANO_OPTIONS[name]
+    compared = profile.held_out
+    assert compared is not None and len(compared["videos"]) == NANO_SETTINGS["held_out"]
+    assert compared["psnr_db"]["worst"] >= 25 and compared["density"] < 0.6
+
+
+def test_the_embedded_profile_fits_the_embedded_weights() -> None:
+    """If not, nano-wan has new weights: ``haste calibrate --out haste_compile/assets/nano_wan_profile``."""
+    pipe = load_pipeline(NANO_WAN, device=torch.device("cpu"), dtype=torch.float32)
+    expert = haste_compile.CalibrationProfile.load(NANO_PROFILE).experts["transformer"]
+    assert expert.fingerprint.unknown(Fingerprint.of(pipe.transformer.parameters())) == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "profile"),
+    [
+        ({}, True),
+        ({"reuse": "never"}, True),
+        ({"top_p": 0.9}, False),
+        ({"delta": 2.0}, False),
+        ({"block_size": 128}, False),
+    ],
+)
+def test_the_embedded_model_takes_its_profile_unless_told_otherwise(
+    given: dict[str, Any], profile: bool
+) -> None:
+    config = HasteConfig.from_options(complete_options(NANO_WAN, given))
+    assert (config.profile is not None) == profile
+    assert (config.block_size, config.dense_steps) == (given.get("block_size", 64), 2)
+    assert "profile" not in complete_options("some/model", given)
+
+
+def test_the_study(model: Path, tmp_path: Path) -> None:
+    """All rows and columns, on the tiny pipeline; and the report that is made of them."""
+    pool = tmp_path / "pool.txt"
+    pool.write_text("a red circle moves left\na blue square moves up\n", encoding="utf-8")
+    arguments = ["--model", model, "--pool", pool, "--small", "--no-plain", "--device", "cpu", *SIZE]
+    arguments += ["--steps", 3, "--prompts", 2, "--candidates", 0.3, 0.6, 0.9, "--shared", 0.6]
+    arguments += ["--intervals", 1, "--json", tmp_path / "study.json"]
+    for option in ("block_size=64", "min_tokens=64", "stride=8", "dense_steps=1", "delta=5"):
+        arguments += ["-o", option]
+    calibration_study.main(list(map(str, arguments)))
+    record = json.loads((tmp_path / "study.json").read_text())
+    rows = {row["name"]: row for row in record["rows"]}
+    assert len(rows) == 9 and all(len(row["psnr"]) == 2 for row in rows.values())
+    shared, reused = rows["XAttention, shared τ"], rows["+ TMR"]
+    assert shared["refresh_rate"] == pytest.approx(2 / 3), "every step but the dense one"
+    assert reused["refresh_rate"] <= shared["refresh_rate"]
+    assert all(1 / 3 < row["density"] < 1 for row in rows.values())
+    assert -1 <= record["overlap"]["spearman"] <= 1 and record["overlap"]["pairs"] == 2 * 2 * 2 * 2
+    assert record["joint"]["measured_seen"] > 0
+    text = calibration_report.study(record, "command")
+    assert all(f"| {name} |" in text for name in rows)
+    calibration_report.plot("study", record, tmp_path)
+    drawn = {path.name for path in tmp_path.glob("*.png") if path.stat().st_size > 5_000}
+    assert drawn == set(calibration_report.plots("study", record)) and len(drawn) == 2
+
+
+def test_the_comparison_of_forms(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration_forms, "load", lambda args: _tiny_load(calibration_forms, model, args))
+    pool = tmp_path / "pool.txt"
+    pool.write_text("a red circle moves left\na blue square moves up\n", encoding="utf-8")
+    arguments = ["--pool", pool, "--device", "cpu", *SIZE, "--steps", 3, "--videos", 1, "--intervals", 1]
+    arguments += ["--candidates", 0.3, 0.6, "--budget", "shared:0.6", "--probes", 32]
+    calibration_forms.main([*map(str, arguments), "--json", str(tmp_path / "forms.json")])
+    record = json.loads((tmp_path / "forms.json").read_text())
+    assert record["heads"] == 4 and record["spearman"] > 0.8
+    assert record["blocks_run"]["exact"] == 2 + 2 * 2 * 2 + 2 * 2 * 1, "from the probed layer on"
+    assert 0.5 < record["joint_ratio"] < 2
+    assert "Spearman" in calibration_report.forms(record, "command")
+
+
+def _tiny_load(module: Any, model: Path, args: Any) -> Any:
+    from benchmarks import calibration_rows
+
+    args.model = model
+    args.option = ["block_size=64", "min_tokens=64", "stride=8"]
+    return calibration_rows.load(args)
+
+
+def test_the_cost_of_a_full_size_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--model", "tiny", "--frames", "17", "--steps", "4", "--block-size", "64"]
+    calibration_cost.main([*arguments, "--device", "cpu", "--json", str(tmp_path / "cost.json")])
+    record = json.loads((tmp_path / "cost.json").read_text())
+    assert record["weights"] == "random" and min(record["seconds"].values()) >= 0
+    assert record["estimates"]["exact"]["units"] > record["estimates"]["gradient"]["units"]
+    assert "gradient" in capsys.readouterr().out
+    assert "Estimate" in calibration_report.cost(record, "command")
+    layers, heads, *_ = calibration_cost.MODELS["14b"]
+    assert (layers, heads) == (40, 40)
