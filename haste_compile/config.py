@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from haste_compile.errors import OptionError, ThresholdError
 from haste_compile.predictors import get_predictor
+from haste_compile.token_order import TOKEN_ORDERS
 
 #: One threshold for all heads, or one row of H values for each of the L rewritten sites, in graph order.
 Thresholds = float | tuple[tuple[float, ...], ...]
@@ -42,8 +43,11 @@ class HasteConfig:
         block_size: tokens a block, 64 or 128.
         stride: s of XAttention's antidiagonals: 4, 8, 16 or 32, at most ``block_size``.
         min_tokens: sites with fewer tokens stay dense.
+        token_order: order of the video tokens inside the transformer, which decides what shares a block:
+            "raster" (as they come), "tile3d" or "hilbert" (``haste_compile.token_order``).
         slots: how many CFG branches (of one or several videos) are remembered at a time.
-        strict: a self-attention site that cannot be rewritten is an error.
+        strict: a self-attention site that cannot be rewritten is an error, and so is a token order that
+            cannot be had.
         stats: record the counters after every call, for ``Statistics.steps``; launches copies, never waits.
         inner: compiler of the rewritten graph: "inductor", "aot_eager" or "eager".
     """
@@ -61,6 +65,7 @@ class HasteConfig:
     block_size: int = 128
     stride: int = 16
     min_tokens: int = 1024
+    token_order: str = "raster"
     slots: int = 4
     strict: bool = False
     stats: bool = False
@@ -71,6 +76,7 @@ class HasteConfig:
         get_predictor(self.predictor)
         _choice("block_size", self.block_size, (64, 128))
         _choice("stride", self.stride, (4, 8, 16, 32))
+        _choice("token_order", self.token_order, TOKEN_ORDERS)
         _choice("inner", self.inner, ("inductor", "aot_eager", "eager"))
         _thresholds("top_p", self.top_p, low_open=True, high=1.0)
         _thresholds("delta", self.delta, low_open=False, high=math.inf)
