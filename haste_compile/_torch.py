@@ -195,6 +195,39 @@ def attention_call(node: fx.Node) -> AttentionCall | None:
     return AttentionCall(**dict(zip(_POSITIONAL, node.args, strict=False)), **node.kwargs)  # type: ignore[arg-type]
 
 
+# Python's operators under the names that aten has for them.
+_OPERATORS = {"truediv": "div", "iadd": "add_", "isub": "sub_", "imul": "mul_", "itruediv": "div_"}
+
+
+def op_name(node: fx.Node) -> str:
+    """What torch calls a node's operation, in either dialect: "add", "layer_norm", "getitem", "copy_".
+
+    Empty for what is not an operation of torch or Python: inputs, modules, custom ops, nested graphs.
+    """
+    target: Any = node.target
+    if node.op == "call_method":
+        return str(target)
+    if node.op != "call_function":
+        return ""
+    if isinstance(target, torch._ops.OpOverload):
+        return target.overloadpacket.__name__ if target.namespace == "aten" else ""
+    name, owner = getattr(target, "__name__", ""), str(getattr(target, "__module__", ""))
+    if owner == "_operator":
+        return _OPERATORS.get(name, name)
+    is_torch = owner.split(".")[0] == "torch" and not isinstance(target, torch._ops.OpOverloadPacket)
+    return name if is_torch else ""
+
+
+@functools.cache
+def is_pointwise(name: str) -> bool:
+    """Whether aten tags an operation of that name as pointwise: each element from its own operands alone."""
+    packet = getattr(torch.ops.aten, name, None) if name and not name.startswith("__") else None
+    if packet is None:
+        return False
+    tags = [getattr(packet, overload).tags for overload in packet.overloads()]
+    return any(torch.Tag.pointwise in t and torch.Tag.nondeterministic_seeded not in t for t in tags)
+
+
 # A step down the module tree: .name, .0, ['name'] or [0].
 _STEP = re.compile(r"\.(\w+)|\[['\"]([^'\"]+)['\"]\]|\[(\d+)\]")
 # The variable that holds the outermost module: L['self'], G['model'], L['args'][0], a closure's cell.

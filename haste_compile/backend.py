@@ -43,6 +43,7 @@ def haste(
         OptionError: bad options.
         NoAttentionSitesError: the graph holds no attention that a pass can see.
         UnsupportedSiteError: ``strict`` and a self-attention site cannot be rewritten.
+        TokenOrderError: ``strict`` and the tokens cannot be put in the order asked for.
     """
     try:
         return _compile(gm, example_inputs, mode, HasteConfig.from_options(options))
@@ -88,6 +89,10 @@ def _compile(
         )
         unchanged = compile_inner(graph, list(example_inputs))
         return unchanged if anchor is None else record.around(unchanged, anchor)
+    if context.order.reason:
+        logger.warning(
+            "haste: tokens stay in raster order instead of %s: %s", config.token_order, context.order.reason
+        )
     if anchor is None:
         raise StateError(
             found="a graph without parameters among its inputs",
@@ -151,7 +156,7 @@ class _StatefulGraph:
     ) -> None:
         self._compiled, self._dense = compiled, dense
         self._inputs, self._anchor = tuple(inputs), anchor
-        self._config, self._sites = context.config, context.rewritten
+        self._config, self._sites, self._grid = context.config, context.rewritten, context.order.grid
         self._sizes = _torch.SizeReader(gm)
         self._specs: dict[tuple[int, ...], tuple[StateSpec, ...]] = {}
         seen = _torch.argument_positions(gm, CLOCK_INPUTS)
@@ -189,7 +194,7 @@ class _StatefulGraph:
 
     def _spec(self, site: AttentionSite, args: Sequence[Any]) -> StateSpec:
         batch, heads, tokens, dim = (self._sizes.size(size, args) for size in site.shape)
-        return StateSpec(site.label, batch, heads, tokens, dim, site.device)
+        return StateSpec(site.label, batch, heads, tokens, dim, site.device, self._grid)
 
     def _state_tensors(self, state: HasteState) -> list[Tensor]:
         return [state.tensor(item.site_index, item.field) for item in self._inputs]

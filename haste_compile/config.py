@@ -14,6 +14,8 @@ from haste_compile.errors import OptionError, ThresholdError
 if TYPE_CHECKING:
     from haste_compile.predictors import Predictor
 
+TOKEN_ORDERS = ("raster", "tile3d", "hilbert")
+
 #: One threshold for all heads, or one row of H values for each of the L rewritten sites, in graph order.
 Thresholds = float | tuple[tuple[float, ...], ...]
 
@@ -48,8 +50,11 @@ class HasteConfig:
         cluster_tolerance: k-means ends early when no centroid moves further; 0 gives up nothing.
         cluster_floor: share of the key clusters that every query cluster keeps, in [0, 1].
         min_tokens: sites with fewer tokens stay dense.
+        token_order: order of the video tokens inside the transformer, which decides what shares a block:
+            "raster" (as they come), "tile3d" or "hilbert" (``haste_compile.token_order``).
         slots: how many CFG branches (of one or several videos) are remembered at a time.
-        strict: a self-attention site that cannot be rewritten is an error.
+        strict: a self-attention site that cannot be rewritten is an error, and so is a token order that
+            cannot be had.
         stats: record the counters after every call, for ``Statistics.steps``; launches copies, never waits.
         inner: compiler of the rewritten graph: "inductor", "aot_eager" or "eager".
         profile: folder of a calibration profile. It brings ``top_p`` and ``delta`` for every head, which then
@@ -73,6 +78,7 @@ class HasteConfig:
     cluster_tolerance: float = 0.0
     cluster_floor: float = 0.1
     min_tokens: int = 1024
+    token_order: str = "raster"
     slots: int = 4
     strict: bool = False
     stats: bool = False
@@ -84,6 +90,7 @@ class HasteConfig:
         _predictor(self.predictor)
         _choice("block_size", self.block_size, (64, 128))
         _choice("stride", self.stride, (4, 8, 16, 32))
+        _choice("token_order", self.token_order, TOKEN_ORDERS)
         _choice("inner", self.inner, ("inductor", "aot_eager", "eager"))
         _thresholds("top_p", self.top_p, low_open=True, high=1.0)
         _thresholds("delta", self.delta, low_open=False, high=math.inf)

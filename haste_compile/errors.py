@@ -45,6 +45,10 @@ class UnsupportedSiteError(HasteError):
     """An attention site cannot be rewritten and ``strict=True`` forbids to skip it."""
 
 
+class TokenOrderError(HasteError):
+    """A graph's tokens cannot be put in the order asked for and ``strict=True`` forbids raster order."""
+
+
 class NoAttentionSitesError(HasteError):
     """The traced graph has no attention that this backend can see."""
 

@@ -14,9 +14,10 @@ from torch import Tensor, fx, nn
 from haste_compile import _torch
 from haste_compile.config import HasteConfig
 from haste_compile.loading import find_transformers
-from haste_compile.passes import check_eligibility, find_attention_sites
+from haste_compile.passes import check_eligibility, find_attention_sites, permute_tokens
 from haste_compile.passes.base import PassContext, PlaceholderBinding
 from haste_compile.report import GraphReport
+from haste_compile.token_order import ORDER_FIELDS, Grid
 
 #: Pixels and frames for one latent position of Wan 2.1's VAE, used where no VAE is at hand.
 VAE_SCALES = (4, 8)
@@ -32,6 +33,7 @@ class Explanation:
         report: every attention site and its fate; "rewritten" means that it would be.
         tokens: video tokens N of a rewritten site; 0 if none is rewritten.
         blocks, key_blocks: rows and columns of a mask.
+        grid: [T, H, W] of the tokens where they are put in another order than raster; else None.
         state_bytes: memory of thresholds, masks and all else that is kept from call to call.
         flops: floating-point operations of one forward, matrix products and convolutions only.
         attention_flops: the part of ``flops`` in the sites that would be rewritten.
@@ -41,6 +43,7 @@ class Explanation:
     tokens: int
     blocks: int
     key_blocks: int
+    grid: Grid | None
     state_bytes: int
     flops: int
     attention_flops: int
@@ -111,6 +114,7 @@ def explain(
         OptionError: bad options, or no transformer in the argument.
         NoAttentionSitesError: the traced graph has no attention that a pass can see.
         UnsupportedSiteError: ``strict`` and a self-attention site would be skipped.
+        TokenOrderError: ``strict`` and the tokens would stay in raster order unasked.
     """
     config = HasteConfig.from_options(options)
     scales = (
@@ -136,12 +140,15 @@ def _explain(
     context = PassContext(config=config, dialect="dynamo", binding=PlaceholderBinding())
     find_attention_sites(graph, context)
     check_eligibility(graph, context)
+    permute_tokens(graph, context)
     eligible = [site for site in context.sites if site.status == "eligible"]
     tensors = {
         (None if field == "ctl" else site.index, field): layout
         for site in eligible
         for field, layout in context.layouts(site).items()
     }
+    if context.order.gathers:
+        tensors.update({(None, field): context.layout(eligible[0], field) for field in ORDER_FIELDS})
     tokens = max((int(site.shape[2]) for site in eligible), default=0)
     blocks, key_blocks = map(int, context.predictor.blocks(tokens, config))
     return Explanation(
@@ -149,6 +156,7 @@ def _explain(
         tokens=tokens,
         blocks=blocks,
         key_blocks=key_blocks,
+        grid=context.order.grid,
         state_bytes=sum(math.prod(map(int, shape)) * dtype.itemsize for shape, dtype in tensors.values()),
         flops=sum(_flops(node) for node in graph.graph.nodes),
         attention_flops=sum(_flops(site.node) for site in eligible),
@@ -157,9 +165,8 @@ def _explain(
 
 def _in_prospect(report: GraphReport) -> GraphReport:
     prospect = {"eligible": "rewritten", "skipped": "skipped"}
-    return GraphReport(
-        tuple(dataclasses.replace(site, status=prospect[site.status]) for site in report.sites)
-    )
+    sites = tuple(dataclasses.replace(site, status=prospect[site.status]) for site in report.sites)
+    return dataclasses.replace(report, sites=sites)
 
 
 def example_inputs(

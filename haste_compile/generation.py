@@ -85,7 +85,10 @@ def default_request(model: str | Path) -> Request:
 
 
 #: What a calibration profile stands in the way of: its thresholds, and what they were measured under.
-_FIXED_BY_PROFILE = {"profile", "top_p", "delta", "predictor", "block_size", "stride", "relative_drift"}
+_FIXED_BY_PROFILE = {
+    *("profile", "top_p", "delta", "predictor", "block_size", "stride", "relative_drift", "token_order"),
+    *("clusters", "cluster_iterations", "cluster_tolerance", "cluster_floor"),
+}
 
 
 def default_options(model: str | Path) -> dict[str, Any]:

@@ -141,6 +141,8 @@ class Handle:
             reasons = sorted(site.reason for site in sites if site.status == "skipped")
             lines.append(f"{name}: {len(sites) - len(reasons)} attention sites rewritten")
             lines += [f"  left dense {reasons.count(reason)} × {reason}" for reason in dict.fromkeys(reasons)]
+            orders = (line for report in self.reports()[name] for line in report.order_lines())
+            lines += [f"  {line}" for line in dict.fromkeys(orders)]
             figures = statistics[name]
             if figures.calls:
                 lines.append(

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from haste_compile.passes.base import AttentionSite, PassContext
+from haste_compile.token_order import describe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,17 +46,28 @@ class SiteRecord:
 
 @dataclasses.dataclass(frozen=True)
 class GraphReport:
-    """The attention sites of one compiled graph, in graph order; ``str()`` gives a table."""
+    """The attention sites of one compiled graph, in graph order; ``str()`` gives a table.
+
+    Attributes:
+        sites: the sites.
+        token_order: the order of the tokens that the rewritten sites see, and in what grid, in words.
+        order_reason: why it is not the order asked for; empty otherwise.
+    """
 
     sites: tuple[SiteRecord, ...]
+    token_order: str = "raster"
+    order_reason: str = ""
 
     @classmethod
     def from_context(cls, ctx: PassContext) -> GraphReport:
-        return cls(tuple(SiteRecord.of(site) for site in ctx.sites))
+        order = ctx.order
+        words = describe(order.name, order.grid, ctx.config.block_size) if order.grid else order.name
+        return cls(tuple(SiteRecord.of(site) for site in ctx.sites), words, order.reason)
 
     def under(self, prefix: str) -> GraphReport:
         """The same report with ``prefix`` before every site's name."""
-        return GraphReport(tuple(dataclasses.replace(site, name=prefix + site.name) for site in self.sites))
+        sites = tuple(dataclasses.replace(site, name=prefix + site.name) for site in self.sites)
+        return dataclasses.replace(self, sites=sites)
 
     @property
     def rewritten(self) -> tuple[SiteRecord, ...]:
@@ -70,6 +82,8 @@ class GraphReport:
         return {
             "sites_rewritten": len(self.rewritten),
             "sites_skipped": len(self.skipped),
+            "token_order": self.token_order,
+            "order_reason": self.order_reason,
             "sites": [dataclasses.asdict(site) | {"shape": list(site.shape)} for site in self.sites],
         }
 
@@ -81,7 +95,13 @@ class GraphReport:
         head = (
             f"{len(self.sites)} attention sites: {len(self.rewritten)} rewritten, {len(self.skipped)} skipped"
         )
-        return "\n".join([head, *_aligned(rows)])
+        return "\n".join([head, *_aligned(rows), *self.order_lines()])
+
+    def order_lines(self) -> list[str]:
+        """A line on the order of the tokens, unless it is raster order and no other was asked for."""
+        if self.order_reason:
+            return [f"tokens stay in raster order: {self.order_reason}"]
+        return [] if self.token_order == "raster" else [f"token order {self.token_order}"]
 
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> Iterable[str]:

@@ -25,6 +25,7 @@ from haste_compile.errors import StateError
 from haste_compile.kernels.layout import Counter, Ctl
 from haste_compile.predictors import get_predictor
 from haste_compile.predictors.base import THRESHOLDS, site_layouts
+from haste_compile.token_order import ORDER_FIELDS, Grid, order_tensor
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +35,14 @@ RECORDED_CALLS = 1000
 
 @dataclasses.dataclass(frozen=True)
 class StateSpec:
-    """What one rewritten site needs state for: its name, the attention shape [B, H, N, D] and the device."""
+    """What one rewritten site needs state for.
+
+    Attributes:
+        name: path of its module.
+        B, H, N, D: the attention shape.
+        device: where it runs.
+        grid: [T, H, W] of the tokens where they are in another order than raster; None in raster order.
+    """
 
     name: str
     B: int
@@ -42,6 +50,7 @@ class StateSpec:
     N: int
     D: int
     device: torch.device
+    grid: Grid | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +134,12 @@ class HasteState(nn.Module):
         self._records: deque[tuple[Tensor, list[Tensor]]] = deque(maxlen=RECORDED_CALLS)
         indices, total = rows
         tables = thresholds or {name: getattr(config, name) for name in THRESHOLDS}
+        grid, device = specs[0].grid, specs[0].device
         with torch.inference_mode(False):
+            if grid is not None:
+                for field in ORDER_FIELDS:
+                    order = order_tensor(field, config.token_order, grid, config.block_size)
+                    self.register_buffer(field, order.to(device), persistent=False)
             for i, (spec, row) in enumerate(zip(self.specs, indices, strict=True)):
                 shape = (spec.B, spec.H, spec.N, spec.D)
                 layouts = site_layouts(get_predictor(config.predictor), shape, config)
@@ -138,17 +152,19 @@ class HasteState(nn.Module):
                     self.register_buffer(f"{field}_{i}", tensor, persistent=False)
 
     def tensor(self, site: int | None, field: str) -> Tensor:
-        """The buffer of a site's field; ``ctl`` belongs to the clock and to no site."""
-        return self.clock.ctl if field == "ctl" else self.get_buffer(f"{field}_{site}")
+        """The buffer of a site's field; ``ctl`` and the token orders belong to no site."""
+        if field == "ctl":
+            return self.clock.ctl
+        return self.get_buffer(field if site is None else f"{field}_{site}")
 
     def replace(self, site: int, field: str, tensor: Tensor) -> None:
         """Put another tensor in a field's place, for runtimes that return new state."""
         setattr(self, f"{field}_{site}", tensor)
 
     def reset(self) -> None:
-        """Forget every mask, all that it was made from, and every count; thresholds stay."""
+        """Forget every mask, all that it was made from, and every count; thresholds and orders stay."""
         for name, buffer in self.named_buffers(recurse=False):
-            if name.rpartition("_")[0] not in THRESHOLDS:
+            if name not in ORDER_FIELDS and name.rpartition("_")[0] not in THRESHOLDS:
                 buffer.zero_()
         self._records.clear()
         self.clock.reset()

@@ -7,12 +7,13 @@ becomes, for every self-attention site,
     refresh_mask_(q, k, top_p, delta, ctl, mask!, anchors!, counters!)
     out, lse = block_sparse_attention(q, k, v, mask, ctl)
 
-in six steps:
+in seven steps:
 
 | pass                   | does                                                       | edits the graph |
 |------------------------|------------------------------------------------------------|-----------------|
 | find_attention_sites   | lists the attention nodes, tells self from cross           | no              |
 | check_eligibility      | decides which are rewritten, with a reason for each skip   | no              |
+| permute_tokens         | brings the tokens in another order, where one is asked for | yes             |
 | rewrite_self_attention | inserts the two ops, naming the state they need            | yes             |
 | bind_state             | supplies that state: inputs (live) or buffers (exported)   | yes             |
 | remove_dead_nodes      | erases the dense attention that was replaced               | yes             |
@@ -31,6 +32,7 @@ from haste_compile.passes.bind_state import bind_state
 from haste_compile.passes.check_eligibility import check_eligibility
 from haste_compile.passes.dump import GraphDump
 from haste_compile.passes.find_attention_sites import find_attention_sites
+from haste_compile.passes.permute_tokens import permute_tokens
 from haste_compile.passes.remove_dead_nodes import remove_dead_nodes
 from haste_compile.passes.rewrite_self_attention import rewrite_self_attention
 from haste_compile.passes.verify_graph import verify_graph
@@ -38,6 +40,7 @@ from haste_compile.passes.verify_graph import verify_graph
 PASSES = (
     find_attention_sites,
     check_eligibility,
+    permute_tokens,
     rewrite_self_attention,
     bind_state,
     remove_dead_nodes,
@@ -53,6 +56,7 @@ __all__ = [
     "bind_state",
     "check_eligibility",
     "find_attention_sites",
+    "permute_tokens",
     "remove_dead_nodes",
     "rewrite_self_attention",
     "run_passes",
@@ -66,6 +70,7 @@ def run_passes(gm: fx.GraphModule, ctx: PassContext) -> None:
     Raises:
         NoAttentionSitesError: the graph has no attention that a pass can see.
         UnsupportedSiteError: with ``strict=True``, a self-attention site cannot be rewritten.
+        TokenOrderError: with ``strict=True``, the tokens cannot be put in the order asked for.
         OptionError: ``dense_layers`` names a site that the graph does not have.
         GraphContractError: the result breaks the specification in ``verify_graph``.
         OutputPathError: the HASTE_DUMP folder cannot be written.

@@ -14,6 +14,7 @@ from haste_compile.config import HasteConfig, Thresholds, threshold_row
 from haste_compile.kernels.layout import Ctl
 from haste_compile.predictors import Predictor, get_predictor
 from haste_compile.predictors.base import THRESHOLDS, Layout, Size, site_layouts
+from haste_compile.token_order import ORDER_FIELDS, Grid, order_tensor
 
 
 @dataclasses.dataclass(eq=False)
@@ -88,6 +89,25 @@ class AttentionSite:
         return self.name if self.name is not None else f"node {self.node.name}"
 
 
+@dataclasses.dataclass(frozen=True)
+class PermutedTokens:
+    """Where a graph's tokens change their order, set by ``permute_tokens``.
+
+    Attributes:
+        name: the order that the rewritten sites see, "raster" where nothing is permuted.
+        grid: [T, H, W] of the tokens; None in raster order.
+        reason: why the order asked for could not be had; empty otherwise.
+        gathers: ``index_select`` nodes that bring tokens, and what belongs to each token, in that order.
+        restored: the one ``index_select`` that brings the result back in raster order.
+    """
+
+    name: str = "raster"
+    grid: Grid | None = None
+    reason: str = ""
+    gathers: tuple[fx.Node, ...] = ()
+    restored: fx.Node | None = None
+
+
 @dataclasses.dataclass
 class PassContext:
     """What a run of the passes knows besides the graph.
@@ -97,12 +117,14 @@ class PassContext:
         dialect: "dynamo" or "export".
         binding: how state enters the graph.
         sites: every attention site in graph order, filled by the first pass.
+        order: the order of the tokens.
     """
 
     config: HasteConfig
     dialect: _torch.Dialect
     binding: StateBinding
     sites: list[AttentionSite] = dataclasses.field(default_factory=list)
+    order: PermutedTokens = PermutedTokens()
 
     @property
     def predictor(self) -> Predictor:
@@ -116,25 +138,35 @@ class PassContext:
         """Shape and dtype of every state tensor of a site, in the order they enter the graph."""
         return site_layouts(self.predictor, site.shape, self.config)
 
+    def layout(self, site: AttentionSite, field: str) -> Layout:
+        """The same for one tensor: of the site, or of those that all sites share."""
+        if field in ORDER_FIELDS:
+            return (site.shape[2],), torch.int64
+        return self.layouts(site)[field]
+
 
 class StateBinding(Protocol):
     """How the state tensors of the rewritten sites enter a graph."""
 
     def bind(self, gm: fx.GraphModule, ctx: PassContext, site: AttentionSite, field: str) -> fx.Node:
-        """The node that stands for ``field`` of ``site``; one node for all sites when it is ``ctl``."""
+        """The node that stands for ``field`` of ``site``; one for all sites if it is in ``SHARED_FIELDS``."""
         ...
+
+
+#: State that belongs to no single site.
+SHARED_FIELDS = ("ctl", *ORDER_FIELDS)
 
 
 @dataclasses.dataclass(frozen=True)
 class StateInput:
-    """Which state tensor it is; ``site_index`` is None for ``ctl``, which all sites share."""
+    """Which state tensor it is; ``site_index`` is None for what all sites share."""
 
     site_index: int | None
     field: str
 
     @classmethod
     def of(cls, site: AttentionSite, field: str) -> StateInput:
-        return cls(None if field == "ctl" else site.index, field)
+        return cls(None if field in SHARED_FIELDS else site.index, field)
 
     @property
     def name(self) -> str:
@@ -160,7 +192,7 @@ class PlaceholderBinding:
         wanted = StateInput.of(site, field)
         if wanted in self.inputs:
             return self.nodes[self.inputs.index(wanted)]
-        shape, dtype = ctx.layouts(site)[field]
+        shape, dtype = ctx.layout(site, field)
         node = _torch.append_static_input(gm, wanted.name, _torch.empty_fake(site.query, shape, dtype))
         self.inputs.append(wanted)
         self.nodes.append(node)
@@ -194,9 +226,10 @@ class BufferBinding:
             self._tables = _thresholds(gm, ctx, site)
         if wanted not in self._nodes:
             gm.register_buffer(wanted.name, _initial_state(ctx, site, field, self._tables))
-            with gm.graph.inserting_before(site.inserted[0]):
+            first = next(iter(gm.graph.nodes)) if field in ORDER_FIELDS else site.inserted[0]
+            with gm.graph.inserting_before(first):
                 node = gm.graph.get_attr(wanted.name)
-            shape, dtype = ctx.layouts(site)[field]
+            shape, dtype = ctx.layout(site, field)
             _torch.set_fake_value(node, _torch.empty_fake(site.query, shape, dtype), "export")
             self._nodes[wanted] = node
             self.inputs.append(wanted)
@@ -226,7 +259,9 @@ def _thresholds(gm: fx.GraphModule, ctx: PassContext, site: AttentionSite) -> Ma
 def _initial_state(
     ctx: PassContext, site: AttentionSite, field: str, tables: Mapping[str, Thresholds]
 ) -> Tensor:
-    shape, dtype = ctx.layouts(site)[field]
+    if field in ORDER_FIELDS and ctx.order.grid is not None:
+        return order_tensor(field, ctx.order.name, ctx.order.grid, ctx.config.block_size).to(site.device)
+    shape, dtype = ctx.layout(site, field)
     tensor = torch.zeros([int(size) for size in shape], dtype=dtype, device=site.device)
     if field == "ctl":
         tensor[Ctl.EPOCH] = 1

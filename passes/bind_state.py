@@ -7,6 +7,7 @@ from torch import fx
 from haste_compile import _torch
 from haste_compile.passes.base import PassContext
 from haste_compile.passes.rewrite_self_attention import unbound_state
+from haste_compile.token_order import ORDER_FIELDS
 
 
 def bind_state(gm: fx.GraphModule, ctx: PassContext) -> None:
@@ -26,11 +27,13 @@ def bind_state(gm: fx.GraphModule, ctx: PassContext) -> None:
                 haste_0_mask, ...)                                   refresh = haste.refresh_mask_(...)
     """
     unbound = {node.args: node for node in gm.graph.find_nodes(op="call_function", target=unbound_state)}
-    for site in ctx.rewritten:
-        for field in ctx.layouts(site):
-            name = unbound[site.index, field]
-            name.replace_all_uses_with(ctx.binding.bind(gm, ctx, site, field))
-            gm.graph.erase_node(name)
+    wanted = [(site, site.index, field) for site in ctx.rewritten for field in ctx.layouts(site)]
+    if ctx.order.gathers:
+        wanted += [(ctx.rewritten[0], None, field) for field in ORDER_FIELDS]
+    for site, index, field in wanted:
+        name = unbound[index, field]
+        name.replace_all_uses_with(ctx.binding.bind(gm, ctx, site, field))
+        gm.graph.erase_node(name)
     for site in ctx.rewritten:
         for node in site.inserted:
             _torch.set_fake_value(node, _torch.evaluate(node), ctx.dialect)

@@ -43,7 +43,7 @@ def rewrite_self_attention(gm: fx.GraphModule, ctx: PassContext) -> None:
             site.status = "rewritten"
 
 
-def unbound_state(site: int, field: str) -> Tensor:
+def unbound_state(site: int | None, field: str) -> Tensor:
     """Stands for a state tensor until ``bind_state`` supplies it; never runs.
 
     Raises:

@@ -9,6 +9,8 @@
 | state_is_bound            | no ``unbound_state`` is left; state operands are inputs or buffers         |
 | state_is_mutated_once     | no two refreshes write one tensor; only its site's ops touch it            |
 | inputs_are_in_order       | a live graph's state inputs come last, in the order the binding recorded   |
+| order_is_undone           | permuted tokens have no reader in raster order, reach every rewritten site |
+|                           | and leave by the one node that restores their order                        |
 | outputs_keep_their_layout | outputs have the shape, strides, dtype and device that their users expect  |
 
 A rule that fails is a defect in a pass, never in the user's model.
@@ -121,6 +123,34 @@ def inputs_are_in_order(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
             yield f"the last inputs are not {_names(bound)}"
 
 
+def order_is_undone(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
+    gathers, restored = ctx.order.gathers, ctx.order.restored
+    reached, pending = set(gathers), list(gathers)
+    while pending:
+        for user in pending.pop().users:
+            if user is not restored and user not in reached:
+                reached.add(user)
+                pending.append(user)
+    for gather in gathers:
+        source = cast(fx.Node, gather.args[0])
+        if strangers := set(source.users) - {gather}:
+            yield f"{source.name} is also read by {_names(strangers)}"
+    if restored is not None and restored.args[0] not in reached:
+        yield f"{restored.name} restores an order that {restored.args[0]} does not have"
+    if reached & set(gm.graph.find_nodes(op="output")):
+        yield "permuted tokens reach the output"
+    for site in ctx.rewritten if gathers else ():
+        operands = cast(tuple[fx.Node, ...], site.inserted[1].args[:3])
+        if raster := set(operands) - reached:
+            yield f"{site.label} reads {_names(raster)} in raster order"
+    if len({gather.args[2] for gather in gathers}) > 1 or restored in gathers:
+        yield "more than one order"
+    for node in (*gathers, *([restored] if restored else [])):
+        index = cast(fx.Node, node.args[2])
+        if index.op not in ("placeholder", "get_attr") or (index is gathers[0].args[2]) == (node is restored):
+            yield f"{node.name} permutes by {index.name}"
+
+
 def outputs_keep_their_layout(gm: fx.GraphModule, ctx: PassContext) -> Iterator[str]:
     for site in ctx.rewritten:
         known: dict[fx.Node, Any] = {}
@@ -168,5 +198,6 @@ RULES: tuple[Callable[[fx.GraphModule, PassContext], Iterator[str]], ...] = (
     state_is_bound,
     state_is_mutated_once,
     inputs_are_in_order,
+    order_is_undone,
     outputs_keep_their_layout,
 )

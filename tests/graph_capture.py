@@ -13,6 +13,7 @@ from haste_compile import _torch
 from haste_compile.config import HasteConfig
 from haste_compile.kernels.layout import Ctl
 from haste_compile.passes import BufferBinding, PassContext, PlaceholderBinding, run_passes
+from haste_compile.token_order import ORDER_FIELDS, Grid, order_tensor
 
 #: Options under which a test-sized model is worth rewriting; every mask keeps everything.
 SMALL = HasteConfig(block_size=64, min_tokens=0, top_p=1.0)
@@ -50,7 +51,10 @@ def rewrite(
 
 
 def make_state(
-    binding: PlaceholderBinding, config: HasteConfig, size: Callable[[Any], int] = int
+    binding: PlaceholderBinding,
+    config: HasteConfig,
+    size: Callable[[Any], int] = int,
+    grid: Grid | None = None,
 ) -> list[Tensor]:
     """Fresh tensors for a rewritten graph's state inputs: first video, slot 0, thresholds as configured."""
     state = []
@@ -63,6 +67,8 @@ def make_state(
             tensor.fill_(config.top_p)
         elif wanted.field == "delta":
             tensor.fill_(config.delta)
+        elif wanted.field in ORDER_FIELDS and grid is not None:
+            tensor.copy_(order_tensor(wanted.field, config.token_order, grid, config.block_size))
         state.append(tensor)
     return state
 
@@ -93,7 +99,7 @@ class Rewriting:
         def run(*args: Any) -> Any:
             key = sizes.symbols(args)
             if key not in states:
-                states[key] = make_state(binding, self.config, lambda n: sizes.size(n, args))
+                states[key] = make_state(binding, self.config, lambda n: sizes.size(n, args), ctx.order.grid)
             return compiled(*args, *states[key])
 
         return run
@@ -164,6 +170,45 @@ def toy(*attention_options: dict[str, Any]) -> ToyModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return ToyModel(*(ToyAttention(**options) for options in attention_options)).eval()
+
+
+class ToyVideo(nn.Module):
+    """A video transformer in small: patch embedding, positions, attention blocks, unpatchify.
+
+    Args:
+        inside: runs on the tokens [B, N, C] between the two blocks.
+    """
+
+    def __init__(self, inside: Callable[[Tensor], Tensor] | None = None) -> None:
+        super().__init__()
+        self.patch = nn.Conv3d(4, 128, kernel_size=(1, 2, 2), stride=(1, 2, 2))
+        self.first, self.second = toy({}), toy({})
+        self.out = nn.Linear(128, 16)
+        self.positions = nn.Parameter(torch.randn(1, 300, 128))
+        self.inside = inside
+
+    def forward(self, latents: Tensor) -> Tensor:
+        grid = self.patch(latents)
+        batch, _, *sides = grid.shape
+        x = grid.flatten(2).transpose(1, 2).contiguous()
+        x = self.first(x + self.positions[:, : x.shape[1]])
+        if self.inside is not None:
+            x = self.inside(x)
+        y = self.out(self.second(x)).reshape(batch, *sides, 1, 2, 2, 4)
+        return y.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+
+def toy_video(inside: Callable[[Tensor], Tensor] | None = None) -> ToyVideo:
+    """A ``ToyVideo`` in eval mode with fixed weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return ToyVideo(inside).eval()
+
+
+def latents(frames: int = 4, height: int = 12, width: int = 20, *, batch: int = 1) -> Tensor:
+    """Random input of a ``ToyVideo``; the default has 4×6×10 = 240 tokens: four blocks of 64, one ragged."""
+    shape = (batch, 4, frames, height, width)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
 def tokens(count: int = 200, features: int = 128, *, batch: int = 1, seed: int = 0) -> Tensor:

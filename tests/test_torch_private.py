@@ -349,3 +349,36 @@ def test_graphs_and_breaks_are_counted():
     assert _torch.compile_counts() == (graphs + 1, breaks)
     torch.compile(broken, backend="eager")(torch.ones(2))
     assert _torch.compile_counts() == (graphs + 3, breaks + 1)
+
+
+def test_operations_have_one_name_in_either_dialect():
+    class Module(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y = F.layer_norm(torch.stack([x, x / 2]), (4,))
+            y[0] = F.silu(x).flatten(1)
+            return y
+
+    x = torch.randn(3, 4)
+    for gm, store in ((capture(Module(), x), ["setitem"]), (export(Module(), x), ["select", "copy_"])):
+        names = [_torch.op_name(node) for node in gm.graph.nodes]
+        assert [n for n in names if n] == ["div", "stack", "layer_norm", "silu", "flatten", *store]
+        others = {node.op for node, name in zip(gm.graph.nodes, names, strict=True) if not name}
+        assert others <= {"placeholder", "output", "call_module"}
+
+
+def test_pointwise_operations_are_tagged():
+    for name in ("add", "mul_", "div", "silu", "gelu", "where", "clamp", "rsqrt", "neg"):
+        assert _torch.is_pointwise(name), name
+    for name in (
+        "sum",
+        "softmax",
+        "cumsum",
+        "roll",
+        "sort",
+        "bernoulli",
+        "rand_like",
+        "nothing",
+        "",
+        "__add__",
+    ):
+        assert not _torch.is_pointwise(name), name

@@ -140,6 +140,13 @@ def plan_for(
             fix="Drop it: a profile is what comes out.",
         )
     config = HasteConfig.from_options({**(options or {}), "inner": "eager"})
+    if config.token_order != "raster":
+        raise OptionError(
+            found=f"token_order={config.token_order!r}",
+            wanted="'raster': blocks are measured one by one; only a whole transformer can permute tokens",
+            where="calibrate()",
+            fix="Drop it.",
+        )
     return make_plan(pipe, prompts, request or default_request(model_name(pipe)), config, settings)
 
 

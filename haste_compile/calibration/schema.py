@@ -29,7 +29,8 @@ FORMAT, VERSION = "haste-calibration-profile", 1
 #: Options of the backend that a profile sets: all that bear on which blocks a head keeps.
 OPTIONS = (
     *("predictor", "relative_drift", "gate", "reuse", "max_age", "dense_steps", "dense_layers"),
-    *("block_size", "stride", "min_tokens"),
+    *("block_size", "stride", "min_tokens", "token_order"),
+    *("clusters", "cluster_iterations", "cluster_tolerance", "cluster_floor"),
 )
 EXPERTS = ("transformer", "transformer_2")
 

@@ -28,7 +28,10 @@ logger = logging.getLogger(__name__)
 Rows = tuple[tuple[float, ...], ...]
 
 #: Options whose other values would change what the thresholds mean.
-_FIXED = ("predictor", "block_size", "stride", "relative_drift")
+_FIXED = (
+    *("predictor", "block_size", "stride", "relative_drift", "token_order"),
+    *("clusters", "cluster_iterations", "cluster_tolerance", "cluster_floor"),
+)
 _THRESHOLDS = ("top_p", "delta")
 
 _warming_up = contextvars.ContextVar("warming_up", default=False)
@@ -60,7 +63,7 @@ def options_of(given: Mapping[str, Any]) -> dict[str, Any]:
                 fix=f"Drop {name}, or drop profile.",
             )
     for name in _FIXED:
-        if name in given and given[name] != options[name]:
+        if name in given and _plain(given[name]) != _plain(options[name]):
             raise OptionError(
                 found=f"{name}={given[name]!r}",
                 wanted=f"{options[name]!r}, under which the profile was calibrated",
@@ -68,6 +71,10 @@ def options_of(given: Mapping[str, Any]) -> dict[str, Any]:
                 fix=f"Drop {name}, or calibrate with it.",
             )
     return {**options, "profile": str(Path(folder).absolute())}
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def load_cached(folder: str | Path) -> CalibrationProfile:

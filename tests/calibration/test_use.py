@@ -142,6 +142,8 @@ def test_another_scheduler_is_warned_of(finished: Finished, caplog: pytest.LogCa
         ({"delta": 3.0}, "delta beside profile"),
         ({"block_size": 128}, "under which the profile was calibrated"),
         ({"stride": 16}, "under which the profile was calibrated"),
+        ({"token_order": "tile3d"}, "under which the profile was calibrated"),
+        ({"clusters": (8, 8)}, "under which the profile was calibrated"),
     ],
 )
 def test_contradictions_are_refused(finished: Finished, options: dict[str, Any], says: str) -> None:

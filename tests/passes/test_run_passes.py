@@ -13,6 +13,7 @@ from haste_compile.passes.dump import VARIABLE
 ORDER = [
     "find_attention_sites",
     "check_eligibility",
+    "permute_tokens",
     "rewrite_self_attention",
     "bind_state",
     "remove_dead_nodes",
@@ -32,10 +33,10 @@ def test_dump_holds_the_graph_before_and_after_each_pass(tmp_path, monkeypatch):
     assert sorted(path.name for path in folder.iterdir()) == sorted(["00_input.txt", *steps])
     read = {path.name: path.read_text() for path in folder.iterdir()}
     assert read["00_input.txt"] == read["02_check_eligibility.after.txt"]
-    assert "unbound_state(0, 'mask')" in read["03_rewrite_self_attention.after.txt"]
+    assert "unbound_state(0, 'mask')" in read["04_rewrite_self_attention.after.txt"]
     dense = "scaled_dot_product_attention(q, k, v);"
-    assert dense in read["05_remove_dead_nodes.before.txt"]
-    last = read["06_verify_graph.after.txt"]
+    assert dense in read["06_remove_dead_nodes.before.txt"]
+    last = read["07_verify_graph.after.txt"]
     assert dense not in last
     assert 'haste_0_mask: "i32[4, 1, 2, 4, 1]' in last
 

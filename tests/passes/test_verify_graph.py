@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
 import torch.nn.functional as F
-from graph_capture import capture, rewrite, tokens, toy
+from graph_capture import SMALL, capture, latents, rewrite, tokens, toy, toy_video
 from torch import fx
 
 from haste_compile.errors import GraphContractError
@@ -130,6 +131,66 @@ CASES: list[tuple[Callable[[fx.GraphModule, PassContext], None], str]] = [
 ]  # fmt: skip
 
 
+def ordered() -> tuple[fx.GraphModule, PassContext]:
+    gm = capture(toy_video(), latents())
+    return gm, rewrite(gm, dataclasses.replace(SMALL, token_order="tile3d", strict=True))
+
+
+def raster_reader(gm: fx.GraphModule, ctx: PassContext) -> None:
+    gather = ctx.order.gathers[1]
+    with gm.graph.inserting_after(gather):
+        gm.graph.call_method("clone", (gather.args[0],))
+
+
+def order_not_undone(gm: fx.GraphModule, ctx: PassContext) -> None:
+    restored = ctx.order.restored
+    restored.replace_all_uses_with(restored.args[0])
+
+
+def site_in_raster_order(gm: fx.GraphModule, ctx: PassContext) -> None:
+    attention = ctx.rewritten[1].inserted[1]
+    attention.update_arg(2, next(iter(gm.graph.find_nodes(op="placeholder"))))
+
+
+def inverse_for_order(gm: fx.GraphModule, ctx: PassContext) -> None:
+    ctx.order.gathers[0].update_arg(2, ctx.order.restored.args[2])
+
+
+def computed_order(gm: fx.GraphModule, ctx: PassContext) -> None:
+    restored = ctx.order.restored
+    with gm.graph.inserting_before(restored):
+        restored.update_arg(2, gm.graph.call_method("clone", (restored.args[2],)))
+
+
+def restored_from_elsewhere(gm: fx.GraphModule, ctx: PassContext) -> None:
+    ctx.order.restored.update_arg(0, next(iter(gm.graph.find_nodes(op="placeholder"))))
+
+
+ORDER_CASES: list[tuple[Callable[[fx.GraphModule, PassContext], None], str]] = [
+    (raster_reader, " is also read by [clone]"),
+    (order_not_undone, "order_is_undone: permuted tokens reach the output"),
+    (site_in_raster_order, "order_is_undone: second.blocks.0 reads [l_self_"),
+    (inverse_for_order, "order_is_undone: more than one order"),
+    (computed_order, "order_is_undone: haste_restored permutes by clone"),
+    (restored_from_elsewhere, "order_is_undone: haste_restored restores an order that"),
+]
+
+
+def test_a_good_graph_in_another_order_passes():
+    gm, ctx = ordered()
+    verify_graph(gm, ctx)
+    assert len(ctx.order.gathers) == 2  # the tokens and their positions
+
+
+@pytest.mark.parametrize(("corrupt", "message"), ORDER_CASES, ids=lambda case: getattr(case, "__name__", ""))
+def test_rule_on_orders_catches(corrupt: Callable[[fx.GraphModule, PassContext], None], message: str):
+    gm, ctx = ordered()
+    corrupt(gm, ctx)
+    with pytest.raises(GraphContractError) as caught:
+        verify_graph(gm, ctx)
+    assert message in caught.value.found
+
+
 def test_a_good_graph_passes():
     verify_graph(*good())
 
@@ -144,7 +205,7 @@ def test_rule_catches(corrupt: Callable[[fx.GraphModule, PassContext], None], me
 
 
 def test_every_rule_has_a_case_and_a_line_in_the_specification():
-    covered = {message.split(":")[0] for _, message in CASES if ":" in message}
+    covered = {message.split(":")[0] for _, message in (*CASES, *ORDER_CASES) if ":" in message}
     assert covered == {rule.__name__ for rule in RULES}
     specification = verify_graph.__globals__["__doc__"]
     assert all(f"| {rule.__name__} " in specification for rule in RULES)
