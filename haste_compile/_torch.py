@@ -29,7 +29,7 @@ from torch._dynamo.utils import counters
 from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false, statically_known_true
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from haste_compile.errors import HasteError, OptionError
 
@@ -232,8 +232,8 @@ def is_pointwise(name: str) -> bool:
 _STEP = re.compile(r"\.(\w+)|\[['\"]([^'\"]+)['\"]\]|\[(\d+)\]")
 # The variable that holds the outermost module: L['self'], G['model'], L['args'][0], a closure's cell.
 _ROOT = re.compile(r"^(?:.*\.cell_contents|[LG]\['[^']+'\](?:\[\d+\])?)")
-# Steps that are Python's or torch's bookkeeping and no part of a module path.
-_BOOKKEEPING = {"__dict__", "_modules", "_orig_mod"}
+# Steps that are Python's, torch's or a forward hook's bookkeeping and no part of a module path.
+_BOOKKEEPING = {"__dict__", "_modules", "_orig_mod", "forward", "_old_forward", "__self__"}
 
 
 def module_path(node: fx.Node) -> str | None:
@@ -252,9 +252,11 @@ def module_path(node: fx.Node) -> str | None:
     return ".".join(step for step in steps if step not in _BOOKKEEPING) or None
 
 
-# Where a graph input comes from: L['timestep'], L['kwargs']['timestep'] or L['args'][1].
-_KEYWORD_INPUT = re.compile(r"^L(?:\['kwargs'\])?\['(\w+)'\]$")
-_POSITIONAL_INPUT = re.compile(r"^L\['args'\]\[(\d+)\]$")
+# Where a graph input comes from: L['timestep'], L['kwargs']['timestep'] or L['args'][1]. accelerate's offload
+# hook breaks the graph before the module's own forward, whose (args, kwargs) then lie on the saved stack:
+# L['___stack0'][1]['timestep'] or L['___stack0'][0][1].
+_KEYWORD_INPUT = re.compile(r"^L(?:\['kwargs'\]|\['___stack\d+'\]\[1\])?\['(\w+)'\]$")
+_POSITIONAL_INPUT = re.compile(r"^L(?:\['args'\]|\['___stack\d+'\]\[0\])\[(\d+)\]$")
 
 
 def argument_positions(gm: fx.GraphModule, signature: Sequence[str]) -> dict[str, int]:
@@ -303,6 +305,9 @@ InnerCompiler = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
 def inner_compiler(inner: str, mode: str | None) -> InnerCompiler:
     """The backend that compiles the rewritten graph; ``mode`` is one of ``torch.compile`` and needs Inductor.
 
+    In a mode with CUDA graphs results leave as copies: a graph's own outputs are overwritten by its next
+    replay, and a pipeline holds the conditional result while it asks for the unconditional one.
+
     Fakes among its inputs (those of ``append_static_input``) are moved to the fake mode that AOTAutograd is
     going to use, sizes and all.
 
@@ -326,7 +331,19 @@ def _inductor_in_mode(inner: str, mode: str) -> Callable[..., Any]:
             where="torch.compile",
             fix="Leave out mode, or inner.",
         )
-    return functools.partial(compile_fx, config_patches=modes[mode])
+    compile_graph = functools.partial(compile_fx, config_patches=modes[mode])
+    if not modes[mode].get("triton.cudagraphs"):
+        return compile_graph
+    return lambda gm, inputs: results_as_copies(compile_graph(gm, inputs))
+
+
+def results_as_copies(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """The same callable, whose tensors on a GPU are the caller's own and no memory of a CUDA graph."""
+
+    def call(*args: Any) -> Any:
+        return tree_map_only(Tensor, lambda x: x.clone() if x.is_cuda else x, compiled(*args))
+
+    return call
 
 
 def _in_backend_mode(value: Any) -> Any:
@@ -340,6 +357,12 @@ def _in_backend_mode(value: Any) -> Any:
 def is_compiled(module: nn.Module) -> bool:
     """Whether ``module.compile`` or ``torch.compile`` has been there."""
     return module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
+
+
+def watch_compiled(module: nn.Module, watch: Callable[[Callable[[], Any]], Any]) -> None:
+    """Put ``watch`` around every compiled call of a module; it is handed the call and returns its result."""
+    compiled: Any = module._compiled_call_impl
+    module._compiled_call_impl = lambda *args, **kwargs: watch(lambda: compiled(*args, **kwargs))
 
 
 def undo_compile(module: nn.Module) -> None:

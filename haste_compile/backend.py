@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from haste_compile.step_hook import find_hook
 logger = logging.getLogger(__name__)
 
 _reports: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter -> {_Record: GraphReport}
+_graph_calls = threading.local()
 
 
 def haste(
@@ -64,6 +66,11 @@ def reports(module: nn.Module, config: HasteConfig | None = None) -> list[GraphR
         for record, report in (_reports.get(parameter) or {}).items()
         if config is None or config == record.config
     ]
+
+
+def graph_calls() -> int:
+    """How many calls of graphs of this backend the present thread has made."""
+    return getattr(_graph_calls, "count", 0)
 
 
 def forget_reports(module: nn.Module) -> None:
@@ -126,6 +133,7 @@ class _Record:
     def around(self, compiled: Callable[..., Any], anchor: int) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
             self._enter(args[anchor])
+            _graph_calls.count = graph_calls() + 1
             return compiled(*args)
 
         return call

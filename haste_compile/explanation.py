@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -201,8 +202,13 @@ def trace(transformer: nn.Module, inputs: dict[str, Any]) -> fx.GraphModule:
         fakes = [_torch.fake_value(node) for node in output.args[0]]
         return lambda *_args: tuple(torch.zeros(f.shape, dtype=f.dtype, device=f.device) for f in fakes)
 
+    def call(**keywords: Any) -> Any:
+        return transformer.forward(**keywords)
+
+    # Dynamo keeps a few graphs for each code object. A code object of its own leaves the transformer's alone.
+    own = types.FunctionType(call.__code__.replace(), call.__globals__, closure=call.__closure__)
     with torch.no_grad():
-        torch.compile(transformer.forward, backend=capture, fullgraph=True, dynamic=False)(**inputs)
+        torch.compile(own, backend=capture, fullgraph=True, dynamic=False)(**inputs)
     return captured[0]
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import collections
 import functools
+import logging
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from haste_compile import _torch, backend, state
@@ -18,6 +20,8 @@ from haste_compile.loading import find_transformers
 from haste_compile.report import GraphReport, SiteRecord
 from haste_compile.state import Attachment, Statistics
 from haste_compile.step_hook import StepHook
+
+logger = logging.getLogger(__name__)
 
 
 def optimize(
@@ -85,10 +89,12 @@ def optimize(
             attachments.append(Attachment(transformer, targets[name], config))
         if config.dense_steps and hasattr(transformer, "cache_context"):
             attachments.append(StepHook(transformer))
-        for module in targets[name]:
-            module.compile(backend=compiler, dynamic=dynamic)
     compiled = [module for modules in targets.values() for module in modules]
-    return Handle(pipe_or_transformer, config, transformers, compiled, attachments)
+    handle = Handle(pipe_or_transformer, config, transformers, compiled, attachments)
+    for module in compiled:
+        module.compile(backend=compiler, dynamic=dynamic)
+        _torch.watch_compiled(module, handle._never_silently_dense)
+    return handle
 
 
 class Handle:
@@ -109,6 +115,7 @@ class Handle:
     ) -> None:
         self.config, self.transformers = config, transformers
         self._target, self._compiled, self._attachments = target, compiled, attachments
+        self._uncompiled_calls = 0
 
     def reports(self) -> dict[str, list[GraphReport]]:
         """What became of the attention sites of each graph that ran so far: none before the first call."""
@@ -149,7 +156,34 @@ class Handle:
                     f"  density {figures.density:.1%} of query-key pairs, masks rebuilt in "
                     f"{figures.refresh_rate:.1%} of {figures.calls} head calls"
                 )
+        if self._uncompiled_calls:
+            lines.append(f"dense, because Dynamo ran them uncompiled: {self._uncompiled_calls} calls")
         return "\n".join(lines)
+
+    def _never_silently_dense(self, call: Callable[[], Any]) -> Any:
+        """Make a call of a compiled module and tell whether Dynamo ran it uncompiled, hence dense.
+
+        It does so without an error once a module has as many graphs as ``recompile_limit`` allows.
+
+        Raises:
+            StateError: it did, and the options say ``strict``.
+        """
+        before = backend.graph_calls()
+        result = call()
+        if backend.graph_calls() != before:
+            return result
+        dense = StateError(
+            found="a call that Dynamo ran uncompiled, so with dense attention",
+            wanted=f"a graph; {torch._dynamo.config.recompile_limit} are kept of each module",
+            where="optimize()",
+            fix="Raise torch._dynamo.config.recompile_limit above the number of video sizes in one process.",
+        )
+        if self.config.strict:
+            raise dense
+        if not self._uncompiled_calls:
+            logger.warning("haste: %s", dense)
+        self._uncompiled_calls += 1
+        return result
 
     def reset(self) -> None:
         """Forget every mask. Not needed between videos: they are told apart without help."""

@@ -247,16 +247,55 @@ def test_mode_reaches_the_inner_compiler(pipe: Any) -> None:
         assert handle.statistics()["transformer"].calls > 0
 
 
-def test_offloading_after_optimize(pipe: Any) -> None:
-    """accelerate's hooks, as ``enable_model_cpu_offload`` sets them, replace the module's forward."""
+@pytest.mark.parametrize("compile", ["whole", "blocks"])
+@pytest.mark.parametrize("dense_steps", [0, 1])
+def test_offloading_after_optimize(pipe: Any, compile: Any, dense_steps: int) -> None:
+    """accelerate's hook breaks the graph before the module's forward; the clock still sees every call."""
     from accelerate.hooks import CpuOffload, add_hook_to_module, remove_hook_from_module
 
-    with optimize(pipe, **OPTIONS) as handle:
+    with optimize(pipe, compile=compile, dense_steps=dense_steps, **OPTIONS) as handle:
         plain = run(pipe)
+        expected = handle.statistics()
+        handle.reset()
         add_hook_to_module(pipe.transformer, CpuOffload(execution_device="cpu"))
         torch.testing.assert_close(run(pipe), plain, rtol=1e-5, atol=1e-5)
-        assert handle.statistics()["transformer"].calls > 0
+        seen = handle.statistics()
         remove_hook_from_module(pipe.transformer)
+    assert seen["transformer"].refreshes == expected["transformer"].refreshes
+    assert seen["transformer"].calls == expected["transformer"].calls
+    assert seen["transformer"].sites == ("blocks.0.attn1", "blocks.1.attn1")
+
+
+def test_sites_keep_their_names_behind_the_step_hook(pipe: Any) -> None:
+    """diffusers' hooks replace ``forward`` too; threshold tables and profiles go by these names."""
+    with optimize(pipe, dense_steps=1, **OPTIONS) as handle:
+        run(pipe, steps=2)
+        assert handle.statistics()["transformer"].sites == ("blocks.0.attn1", "blocks.1.attn1")
+        names = [site.name for site in handle.sites()["transformer"]]
+        assert names == ["blocks.0.attn1", "blocks.0.attn2", "blocks.1.attn1", "blocks.1.attn2"]
+
+
+@pytest.mark.parametrize("compile", ["whole", "blocks"])
+def test_a_size_beyond_dynamos_limit_is_told(
+    pipe: Any, compile: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    with torch._dynamo.config.patch(recompile_limit=1), optimize(pipe, compile=compile, **OPTIONS) as handle:
+        run(pipe, steps=1)
+        assert "uncompiled" not in handle.summary() + caplog.text
+        run(pipe, steps=1, frames=9)
+        calls = 2 * (1 if compile == "whole" else tiny_wan.LAYERS)
+        assert f"dense, because Dynamo ran them uncompiled: {calls} calls" in handle.summary()
+        assert caplog.text.count("Raise torch._dynamo.config.recompile_limit") == 1
+
+
+def test_a_size_beyond_dynamos_limit_is_an_error_with_strict(pipe: Any) -> None:
+    with (
+        torch._dynamo.config.patch(recompile_limit=1),
+        optimize(pipe, strict=True, **OPTIONS),
+        pytest.raises(StateError, match="Dynamo ran uncompiled.* 1 are kept"),
+    ):
+        run(pipe, steps=1)
+        run(pipe, steps=1, frames=9)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
@@ -296,6 +335,15 @@ def test_explain_says_what_optimize_then_does(pipe: Any) -> None:
     assert (said.tokens, said.blocks) == (tiny_wan.TOKENS, 5)
     (state,) = states_of(pipe.transformer)
     assert said.state_bytes == state.nbytes()
+
+
+def test_explain_uses_up_none_of_dynamos_graphs(pipe: Any) -> None:
+    size = {"height": tiny_wan.HEIGHT, "width": tiny_wan.WIDTH, "num_frames": tiny_wan.FRAMES}
+    with torch._dynamo.config.patch(recompile_limit=1), optimize(pipe, strict=True, **OPTIONS) as handle:
+        for frames in (9, tiny_wan.FRAMES):
+            handle.explain(**{**size, "num_frames": frames})
+        run(pipe, steps=1)
+        assert "uncompiled" not in handle.summary()
 
 
 def test_explain_counts_operations() -> None:

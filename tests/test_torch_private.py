@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import pickle
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -160,6 +161,8 @@ def test_conditions_on_symbolic_sizes():
         ("G['model'].blocks.0.attn1", "blocks.0.attn1"),
         ("L['args'][0].blocks.0.attn1", "blocks.0.attn1"),
         ("L['step'].__closure__[0].cell_contents.blocks.0.attn1", "blocks.0.attn1"),
+        ("L['function_reference'].forward.__self__.blocks.0.attn1", "blocks.0.attn1"),
+        ("L['module']._old_forward.__self__.blocks.0.attn1", "blocks.0.attn1"),
         ("blocks.0.attn1", "blocks.0.attn1"),
         ("L['self']", None),
         ("", None),
@@ -218,6 +221,38 @@ def test_argument_positions_by_name_and_through_a_wrapper():
     mixed = capture(Wrapped(), x, y, third=z)
     positions = _torch.argument_positions(mixed, ("first", "second", "third"))
     assert positions == {"second": 0, "third": 1, "first": 2}
+
+
+def test_argument_positions_after_a_graph_break_before_the_forward():
+    """accelerate's offload hook: the rest of the call is traced by itself, its arguments on a saved stack."""
+
+    class Hooked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self._old_forward = self.forward
+            self.forward = functools.partial(new_forward, self)  # type: ignore[method-assign]
+
+        def forward(self, first: Tensor, second: Tensor, *, third: Tensor) -> Tensor:
+            return first + second * third
+
+    @torch.compiler.disable
+    def pre_forward(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        return args, kwargs
+
+    def new_forward(module: Any, *args: Any, **kwargs: Any) -> Tensor:
+        args, kwargs = pre_forward(*args, **kwargs)
+        return module._old_forward(*args, **kwargs)
+
+    found: list[dict[str, int]] = []
+
+    def backend(gm, inputs):
+        found.append(_torch.argument_positions(gm, ("first", "second", "third")))
+        return gm.forward
+
+    torch._dynamo.reset()
+    x, y, z = (torch.ones(2) * n for n in (1, 2, 3))
+    assert torch.equal(torch.compile(Hooked(), backend=backend)(x, y, third=z), x + y * z)
+    assert found == [{"first": 2, "second": 0, "third": 1}]
 
 
 def test_size_reader_works_out_symbolic_sizes():
@@ -281,6 +316,29 @@ def test_a_mode_reaches_inductor_as_its_settings(monkeypatch):
     monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", compile_fx)
     _torch.inner_compiler("inductor", "reduce-overhead")(SimpleNamespace(forward=None), [])
     assert calls == [{"config_patches": {"triton.cudagraphs": True}}]
+
+
+def test_results_of_a_cuda_graph_leave_as_copies():
+    memory = torch.ones(2)
+    with torch._subclasses.FakeTensorMode():
+        on_gpu = torch.empty(2, device="cuda")
+        copied, untouched, number = _torch.results_as_copies(lambda: (on_gpu, memory, 3))()
+    assert copied is not on_gpu and copied.device == on_gpu.device
+    assert untouched is memory and number == 3
+
+
+def test_which_modes_replay_cuda_graphs(monkeypatch):
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda gm, inputs, **_: gm.forward)
+    monkeypatch.setattr(_torch, "results_as_copies", lambda compiled: "copies")
+    found = {
+        mode: _torch.inner_compiler("inductor", mode)(SimpleNamespace(forward="own"), [])
+        for mode in ("reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+    }
+    assert found == {
+        "reduce-overhead": "copies",
+        "max-autotune": "copies",
+        "max-autotune-no-cudagraphs": "own",
+    }
 
 
 @pytest.mark.parametrize(("inner", "mode"), [("inductor", "fastest"), ("eager", "reduce-overhead")])
