@@ -38,6 +38,9 @@ def _figures(model: Path, report: dict[str, Any]) -> dict[str, Any]:
     transformer = _read(model / "transformer" / "config.json")
     text = _read(model / "text_encoder" / "config.json")
     canvas = found["canvas"]
+    seconds = [call["seconds"] for call in report["calls"]]
+    if report.get("vae_kept"):  # trained in calls that are not this run's
+        seconds += [report["vae"]["seconds"], report["long_vae"]["seconds"]]
     weights = {path: path.stat().st_size for path in sorted(model.rglob("*.safetensors"))}
     transformer_bytes = sum(size for path, size in weights.items() if path.parent.name == "transformer")
     return {
@@ -68,7 +71,7 @@ def _figures(model: Path, report: dict[str, Any]) -> dict[str, Any]:
         "reserved_names": ", ".join(" ".join(item) for item in RESERVED_OBJECTS),
         "device": last_call["device"],
         "torch": last_call["torch"],
-        "minutes": sum(call["seconds"] for call in report["calls"]) / 60,
+        "minutes": sum(seconds) / 60,
         "calls": len(report["calls"]),
         "seed": report["seed"],
         "stages": "\n".join(_stage_rows(report)),

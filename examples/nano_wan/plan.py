@@ -29,7 +29,7 @@ class Stage:
 class Plan:
     vae_seconds: float
     long_vae_seconds: float  # at the end, on clips of full length
-    phrase_steps: int  # of the text encoder alone
+    phrase_steps: int  # of the text encoder alone, before all else
     vae_batch: int
     vae_learning_rate: float
     stages: tuple[Stage, ...]
@@ -40,15 +40,14 @@ class Plan:
 
 
 PLAN = Plan(
-    vae_seconds=150,
-    long_vae_seconds=85,
+    vae_seconds=140,
+    long_vae_seconds=84,
     phrase_steps=1500,
     vae_batch=32,
     vae_learning_rate=4e-3,
     stages=(
-        Stage("small", SMALL, 290, 256, (0.45, 0.55, 0.0), 60_000, 40, 2.5e-3, 0.3),
-        Stage("pairs", SMALL, 240, 256, (0.05, 0.6, 0.35), 30_000, 18, 1.8e-3, 0.3, shift=8.0),
-        Stage("full", FULL, 420, 48, (0.2, 0.5, 0.3), 8_000, 33, 1.5e-3, 0.0, shift=5.0),
+        Stage("small", SMALL, 240, 256, (0.3, 0.4, 0.3), 60_000, 40, 2.5e-3, 0.3, shift=5.0),
+        Stage("full", FULL, 273, 48, (0.2, 0.5, 0.3), 8_000, 33, 1.5e-3, 0.0, shift=6.0),
     ),
     encode_batch=16,
     reserve=75,

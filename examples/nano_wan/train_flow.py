@@ -85,12 +85,12 @@ def fill_pool(pipeline: WanPipeline, stage: Stage, plan: Plan, call: int, genera
 
 
 def noise_levels(n: int, shift: float, generator: torch.Generator) -> torch.Tensor:
-    """Noise levels in 0..1: logit-normal, a fifth uniform, then shifted as a flow scheduler shifts them."""
+    """Noise levels in 0..1: logit-normal and shifted as flow schedulers shift them; a fifth just uniform."""
     device = generator.device
     level = torch.randn(n, generator=generator, device=device).sigmoid()
+    shifted = shift * level / (1 + (shift - 1) * level)
     uniform = torch.rand(n, generator=generator, device=device)
-    level = torch.where(torch.rand(n, generator=generator, device=device) < 0.2, uniform, level)
-    return shift * level / (1 + (shift - 1) * level)
+    return torch.where(torch.rand(n, generator=generator, device=device) < 0.2, uniform, shifted)
 
 
 class Average:

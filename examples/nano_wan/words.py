@@ -6,7 +6,6 @@ two-object captions. The captions' own grammar says it at once: every word of an
 object's colour, shape and direction to linear probes, which are thrown away afterwards.
 """
 
-import copy
 import random
 
 import torch
@@ -72,15 +71,10 @@ def teach_phrases(
     *,
     steps: int,
     seed: int,
-    keep: float = 0.0,
     batch: int = 128,
 ) -> dict[str, float]:
-    """Train the encoder in place; returns the probes' accuracies on unseen captions.
-
-    ``keep`` weighs the squared change of the embeddings: a transformer that has learnt to read them goes on.
-    """
+    """Train the encoder in place; returns the probes' accuracies on unseen captions."""
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-    before = copy.deepcopy(encoder).eval().requires_grad_(False)
     torch.manual_seed(seed)
     probes = torch.nn.ModuleList(torch.nn.Linear(encoder.config.d_model, len(values)) for values in VALUES)
     probes.to(encoder.device)
@@ -94,11 +88,6 @@ def teach_phrases(
         named = hidden[phrases.rows, phrases.places]
         labels = phrases.labels.to(hidden.device)
         loss = sum(F.cross_entropy(probe(named), labels[:, kind]) for kind, probe in enumerate(probes))
-        if keep:
-            real = phrases.mask.to(hidden.device)[..., None]
-            with torch.no_grad():
-                target = phrases.embed(before)
-            loss = loss + keep * ((hidden - target).square() * real).sum() / (real.sum() * hidden.shape[-1])
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
