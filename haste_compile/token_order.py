@@ -27,7 +27,7 @@ from torch import Tensor
 Grid: TypeAlias = tuple[int, int, int]
 
 #: The two index tensors that a graph in another order needs: into the order, and back to raster order.
-ORDER_FIELDS = ("order", "inverse")
+ORDER_FIELDS = ("token_order", "token_order_inverse")
 
 
 @functools.lru_cache(maxsize=32)
@@ -52,7 +52,7 @@ def token_order(name: str, grid: Grid, block: int) -> Tensor:
 def order_tensor(field: str, name: str, grid: Grid, block: int) -> Tensor:
     """A new tensor for one of ``ORDER_FIELDS``: int64 [T·H·W] on the CPU."""
     order = token_order(name, grid, block)
-    return order.argsort() if field == "inverse" else order.clone()
+    return order.argsort() if field == ORDER_FIELDS[1] else order.clone()
 
 
 def describe(name: str, grid: Grid, block: int) -> str:

@@ -19,6 +19,9 @@ RUN_ELSEWHERE = {
     "python -m benchmarks.hosts --seeds 0 --frames 17 --steps 8 -o dense_steps=1 "
     "--top-p 0.8 0.9 0.97 0.99 --deltas --json hosts.json": "tests/test_benchmark_hosts.py, in the small",
     "python -m benchmarks.svg2 --json benchmarks/results/svg2-h200.json": "the same",
+    "python -m benchmarks.token_order --json benchmarks/results/token-order-nano-wan.json": (
+        "tests/test_benchmark_token_order.py, on the tiny pipeline"
+    ),
 }
 
 

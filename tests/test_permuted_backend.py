@@ -22,7 +22,7 @@ from haste_compile.config import HasteConfig
 from haste_compile.errors import OptionError, TokenOrderError
 from haste_compile.predictors import get_predictor
 from haste_compile.state import states_of, statistics
-from haste_compile.token_order import Grid, order_tensor
+from haste_compile.token_order import ORDER_FIELDS, Grid, order_tensor
 
 GRID: Grid = (5, 8, 8)
 
@@ -60,9 +60,7 @@ class InOrder(TorchFunctionMode):
     """Self-attention by definition: permute q, k, v, attend with masks made from them, permute back."""
 
     def __init__(self, order: str, config: HasteConfig) -> None:
-        self.order, self.inverse = (
-            order_tensor(f, order, GRID, config.block_size) for f in ("order", "inverse")
-        )
+        self.order, self.inverse = (order_tensor(f, order, GRID, config.block_size) for f in ORDER_FIELDS)
         self.config, self.pairs = config, 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -109,13 +107,12 @@ def test_grids_of_equal_size_have_orders_of_their_own() -> None:
         inputs = transformer_inputs(height=height, width=width)
         torch.testing.assert_close(run(model, **inputs), run(transformer, **inputs), rtol=1e-4, atol=1e-5)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
-    orders = [state.tensor(None, "order").clone() for state in states_of(transformer)]
+    orders = [state.tensor(None, "token_order").clone() for state in states_of(transformer)]
     assert len(orders) == 2 and not torch.equal(*orders)
     for state in states_of(transformer):
         state.reset()
-    assert all(
-        torch.equal(s.tensor(None, "order"), o) for s, o in zip(states_of(transformer), orders, strict=True)
-    )
+    after = [state.tensor(None, "token_order") for state in states_of(transformer)]
+    assert all(torch.equal(a, b) for a, b in zip(after, orders, strict=True))
 
 
 def test_a_single_block_stays_in_raster_order_and_says_so(caplog: pytest.LogCaptureFixture) -> None:

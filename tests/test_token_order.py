@@ -35,9 +35,9 @@ GRIDS: list[tuple[Grid, int]] = [
 @pytest.mark.parametrize(("grid", "block"), GRIDS, ids=str)
 def test_every_order_is_a_permutation(name: str, grid: Grid, block: int) -> None:
     count = grid[0] * grid[1] * grid[2]
-    order = order_tensor("order", name, grid, block)
+    order = order_tensor("token_order", name, grid, block)
     assert order.dtype == torch.int64 and torch.equal(order.sort().values, torch.arange(count))
-    inverse = order_tensor("inverse", name, grid, block)
+    inverse = order_tensor("token_order_inverse", name, grid, block)
     x = torch.rand(count)
     assert torch.equal(x[order][inverse], x)
     is_raster = name == "raster" or (name == "tile3d" and tile_shape(grid, block) == grid)

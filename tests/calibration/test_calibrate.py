@@ -143,6 +143,7 @@ def test_progress_is_told(pipe: Any) -> None:
         ({"method": "exact", "allocator": "quadratic"}, OptionError, "gradient"),
         ({"options": {**OPTIONS, "profile": "x"}}, OptionError, "a profile is what comes out"),
         ({"options": {**OPTIONS, "top": 1}}, OptionError, "Did you mean"),
+        ({"options": {**OPTIONS, "token_order": "tile3d"}}, OptionError, "'raster': blocks are measured"),
         ({"options": {**OPTIONS, "dense_steps": 5}}, OptionError, "dense warm-up"),
         ({"out": "/proc/nothing"}, OutputPathError, "/proc/nothing"),
     ],

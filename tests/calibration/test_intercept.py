@@ -156,8 +156,10 @@ def test_a_site_that_stays_dense_is_an_error() -> None:
         interception.run(INPUTS)
 
 
-def test_a_call_that_dynamo_runs_uncompiled_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    with Interception(tiny_wan.build_transformer(), CONFIG) as interception:
-        monkeypatch.setattr(torch._dynamo.config, "disable", True)
-        with pytest.raises(StateError, match="0 of 2 calls of blocks"):
-            interception.run(INPUTS)
+def test_a_call_that_dynamo_runs_uncompiled_is_an_error() -> None:
+    with (
+        Interception(tiny_wan.build_transformer(), CONFIG) as interception,
+        torch._dynamo.config.patch(disable=True),
+        pytest.raises(StateError, match="0 of 2 calls of blocks"),
+    ):
+        interception.run(INPUTS)

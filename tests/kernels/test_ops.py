@@ -301,7 +301,7 @@ def test_kernels_compose_to_what_the_cpu_does():
         q[0, 1] += call  # one head of one sample drifts
         host.refresh(ctl, q=q)
         state = (device.top_p, device.delta, ctl, device.mask, device.anchors, device.counters)
-        ops._refresh_cuda(q, device.k, *state, block=64, stride=16, gate_low=0.0, gate_high=1.0)
+        ops.refresh_cuda(q, device.k, *state, block=64, stride=16, gate_low=0.0, gate_high=1.0)
         assert torch.equal(host.mask, device.mask) and torch.equal(host.counters, device.counters)
         torch.testing.assert_close(host.anchors, device.anchors, rtol=1e-5, atol=1e-6)
         out = ops._attention_cuda(q, device.k, device.v, device.mask, ctl, block=64, scale=0.125)

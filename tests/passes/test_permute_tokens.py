@@ -100,7 +100,11 @@ def test_the_graph_before_and_after() -> None:
     assert [node.name for node in gathers] == ["haste_ordered_0", "haste_ordered_1", "haste_restored"]
     sources, axes, indices = zip(*(node.args for node in gathers), strict=True)
     assert axes == (1, 1, 1)
-    assert [index.name for index in indices] == ["haste_order", "haste_order", "haste_inverse"]
+    assert [index.name for index in indices] == [
+        "haste_token_order",
+        "haste_token_order",
+        "haste_token_order_inverse",
+    ]
     # the patch embedding in memory order, the learnt positions cut to size, the output layer's result
     assert [node.target for node in sources[:1]] == ["contiguous"]
     assert [tuple(node.meta["example_value"].shape) for node in sources] == [
