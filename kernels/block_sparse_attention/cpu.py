@@ -12,8 +12,10 @@ from torch import Tensor
 
 from haste_compile.kernels.block_mask import block_tokens, unpack_bits
 
-#: Bytes of gathered keys and values a piece: they should still be in the L2 cache when they are read.
-PIECE_BYTES = 1 << 20
+#: Bytes of gathered keys and values a piece: few enough to be in a cache still when they are read, enough for
+#: every thread to have rows of its own. On two cores, six heads of 2,304 tokens at density 0.4, 1 MiB took
+#: 0.87 to 1.01 of dense attention's time, 4 MiB 0.60 to 0.83, 16 MiB 0.67 to 0.90.
+PIECE_BYTES = 1 << 22
 
 
 def attend(
