@@ -93,6 +93,24 @@ def find_transformers(pipe_or_transformer: Any) -> dict[str, nn.Module]:
     return modules
 
 
+def repeated_blocks(transformer: nn.Module, where: str) -> list[nn.Module]:
+    """The transformer's repeated blocks in the order of the module tree.
+
+    Raises:
+        OptionError: it names none.
+    """
+    kinds = getattr(transformer, "_repeated_blocks", None) or ()
+    blocks = [module for module in transformer.modules() if type(module).__name__ in kinds]
+    if not blocks:
+        raise OptionError(
+            found=f"a {type(transformer).__name__} that names no repeated blocks",
+            wanted="a diffusers transformer with _repeated_blocks",
+            where=where,
+            fix="Give a Wan transformer; a model without blocks can only be compiled whole.",
+        )
+    return blocks
+
+
 def known_device(name: str | None) -> torch.device:
     """The device asked for, whether it is here or not; without a name CUDA where there is one, else the CPU.
 

@@ -16,7 +16,7 @@ from haste_compile import _torch, backend, state
 from haste_compile.config import HasteConfig
 from haste_compile.errors import OptionError, StateError
 from haste_compile.explanation import Explanation, explain
-from haste_compile.loading import find_transformers
+from haste_compile.loading import find_transformers, repeated_blocks
 from haste_compile.report import GraphReport, SiteRecord
 from haste_compile.state import Attachment, Statistics
 from haste_compile.step_hook import StepHook
@@ -64,7 +64,9 @@ def optimize(
         )
     transformers = find_transformers(pipe_or_transformer)
     targets = {
-        name: [transformer] if compile == "whole" else _repeated_blocks(name, transformer)
+        name: [transformer]
+        if compile == "whole"
+        else repeated_blocks(transformer, f"optimize(compile='blocks'), {name}")
         for name, transformer in transformers.items()
     }
     for name, transformer in transformers.items():
@@ -215,19 +217,6 @@ def _newest_sites(reports: list[GraphReport]) -> tuple[SiteRecord, ...]:
             found[site.name, met[site.name]] = site
             met[site.name] += 1
     return tuple(found.values())
-
-
-def _repeated_blocks(name: str, transformer: nn.Module) -> list[nn.Module]:
-    kinds = getattr(transformer, "_repeated_blocks", None) or ()
-    blocks = [module for module in transformer.modules() if type(module).__name__ in kinds]
-    if not blocks:
-        raise OptionError(
-            found=f"a {type(transformer).__name__} that names no repeated blocks",
-            wanted="a diffusers transformer with _repeated_blocks",
-            where=f"optimize(compile='blocks'), {name}",
-            fix="Use compile='whole'.",
-        )
-    return blocks
 
 
 @functools.cache

@@ -30,6 +30,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from haste_compile import _torch
 from haste_compile.config import HasteConfig
 from haste_compile.errors import OptionError, StateError
+from haste_compile.loading import repeated_blocks
 from haste_compile.passes import PassContext, PlaceholderBinding, check_eligibility, find_attention_sites
 from haste_compile.passes.base import AttentionSite
 
@@ -68,7 +69,7 @@ class Interception:
 
     def __init__(self, transformer: nn.Module, config: HasteConfig, name: str = "transformer") -> None:
         self.transformer, self.config, self.name = transformer, config, name
-        self.blocks = repeated_blocks(transformer, name)
+        self.blocks = repeated_blocks(transformer, f"calibration, {name}")
         for module in (transformer, *self.blocks):
             if _torch.is_compiled(module):
                 raise StateError(
@@ -318,24 +319,6 @@ class BlockCall:
             where=f"calibration, block {self.index}",
             fix="Calibrate a Wan transformer.",
         )
-
-
-def repeated_blocks(transformer: nn.Module, name: str) -> list[nn.Module]:
-    """The transformer's repeated blocks in the order of the module tree.
-
-    Raises:
-        OptionError: it names none.
-    """
-    kinds = getattr(transformer, "_repeated_blocks", None) or ()
-    blocks = [module for module in transformer.modules() if type(module).__name__ in kinds]
-    if not blocks:
-        raise OptionError(
-            found=f"a {type(transformer).__name__} that names no repeated blocks",
-            wanted="a diffusers transformer with _repeated_blocks",
-            where=f"calibration, {name}",
-            fix="Calibrate a Wan transformer.",
-        )
-    return blocks
 
 
 _intercepted: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter -> (Interception, index of its block)

@@ -9,12 +9,11 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from haste_compile.calibration.intercept import repeated_blocks
 from haste_compile.calibration.settings import Settings
 from haste_compile.config import HasteConfig
 from haste_compile.errors import OptionError
 from haste_compile.generation import Request
-from haste_compile.loading import find_transformers
+from haste_compile.loading import find_transformers, repeated_blocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,7 +235,7 @@ def _draw_steps(
 def _expert(
     name: str, transformer: Any, steps: tuple[int, ...], config: HasteConfig, settings: Settings, videos: int
 ) -> Expert:
-    blocks = len(repeated_blocks(transformer, name))
+    blocks = len(repeated_blocks(transformer, f"calibration, {name}"))
     layers = tuple(i for i in range(blocks) if i not in config.dense_layers)
     heads = int(transformer.config.num_attention_heads)
     generator = random.Random(f"{settings.seed}/heads/{name}")
