@@ -59,6 +59,7 @@ class HasteConfig:
         inner: compiler of the rewritten graph: "inductor", "aot_eager" or "eager".
         profile: folder of a calibration profile. It brings ``top_p`` and ``delta`` for every head, which then
             stand in the state and not here, and the options that it was calibrated under.
+        profile_checksum: the profile's, filled in when it is read; one that is given must be it.
     """
 
     preset: str = "haste-v1"
@@ -84,6 +85,7 @@ class HasteConfig:
     stats: bool = False
     inner: Literal["inductor", "aot_eager", "eager"] = "inductor"
     profile: str | None = None
+    profile_checksum: str | None = None
 
     def __post_init__(self) -> None:
         _choice("preset", self.preset, tuple(PRESETS))
@@ -144,7 +146,7 @@ class HasteConfig:
 
             brought = options_of(given)
             values.update(
-                {name: value for name, value in brought.items() if name not in given or name == "profile"}
+                {name: v for name, v in brought.items() if name not in given or name.startswith("profile")}
             )
         for name in ("top_p", "delta"):
             if name in values:

@@ -369,7 +369,14 @@ def _profile_tables(
     from haste_compile.calibration.use import thresholds
 
     parameters = [value for value in arguments if isinstance(value, nn.Parameter)]
-    return thresholds(config.profile, parameters, sites=sites, heads=specs[0].H, tokens=specs[0].N)
+    return thresholds(
+        config.profile,
+        config.profile_checksum,
+        parameters,
+        sites=sites,
+        heads=specs[0].H,
+        tokens=specs[0].N,
+    )
 
 
 def _refuse_steps_without_clock(config: HasteConfig) -> None:

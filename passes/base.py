@@ -251,9 +251,14 @@ def _thresholds(gm: fx.GraphModule, ctx: PassContext, site: AttentionSite) -> Ma
         return {name: getattr(ctx.config, name) for name in THRESHOLDS}
     from haste_compile.calibration.use import thresholds
 
-    heads, tokens = int(site.shape[1]), int(site.shape[2])
-    parameters = list(gm.parameters())
-    return thresholds(ctx.config.profile, parameters, sites=len(ctx.rewritten), heads=heads, tokens=tokens)
+    return thresholds(
+        ctx.config.profile,
+        ctx.config.profile_checksum,
+        list(gm.parameters()),
+        sites=len(ctx.rewritten),
+        heads=int(site.shape[1]),
+        tokens=int(site.shape[2]),
+    )
 
 
 def _initial_state(

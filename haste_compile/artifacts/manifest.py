@@ -125,6 +125,7 @@ class Manifest:
         """The manifest of files that a format has just written, with ``path`` as the main one."""
         kind, config = captured.transformer
         options = captured.config.to_options()
+        del options["profile_checksum"]
         if options.pop("profile", None) is not None:  # where it lies matters no more: its values are baked in
             options.update(captured.thresholds)
         fields: dict[str, Any] = {

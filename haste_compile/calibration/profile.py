@@ -255,6 +255,12 @@ class CalibrationProfile:
         return schema.build(cls, ExpertProfile, folder, facts, arrays)
 
 
+def read_checksum(folder: str | Path) -> str:
+    """The checksum that a profile carries; ``CalibrationProfile.load`` checks it against the files."""
+    found = _CHECKSUM.search(read_bounded(Path(folder) / JSON_NAME, MAX_JSON_BYTES))
+    return found[1].decode() if found else ""
+
+
 def sign(facts: dict[str, Any], tables: bytes, like: bytes | None = None) -> bytes:
     """The JSON file's bytes with the checksum over itself and the tables.
 

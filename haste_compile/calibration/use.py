@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from haste_compile.calibration.fingerprint import Fingerprint
-from haste_compile.calibration.profile import JSON_NAME, TABLES_NAME, CalibrationProfile
+from haste_compile.calibration.profile import JSON_NAME, TABLES_NAME, CalibrationProfile, read_checksum
 from haste_compile.calibration.scheduler import describe_scheduler
 from haste_compile.errors import OptionError, ProfileError
 
@@ -46,7 +46,7 @@ def options_of(given: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises:
         OptionError: thresholds are given too, or an option that the profile was not measured under.
-        ProfileError: the profile cannot be used.
+        ProfileError: the profile cannot be used, or has another checksum than the one given.
     """
     folder = given["profile"]
     if not isinstance(folder, (str, Path)):
@@ -70,7 +70,10 @@ def options_of(given: Mapping[str, Any]) -> dict[str, Any]:
                 where=f"option {name}",
                 fix=f"Drop {name}, or calibrate with it.",
             )
-    return {**options, "profile": str(Path(folder).absolute())}
+    checksum = read_checksum(folder)
+    if given.get("profile_checksum") not in (None, checksum):
+        raise _changed(folder, checksum, given["profile_checksum"])
+    return {**options, "profile": str(Path(folder).absolute()), "profile_checksum": checksum}
 
 
 def _plain(value: Any) -> Any:
@@ -88,13 +91,29 @@ def load_cached(folder: str | Path) -> CalibrationProfile:
     return _load(str(paths[0].parent), stamps)
 
 
+def _changed(folder: str | Path, found: str, wanted: str) -> ProfileError:
+    return ProfileError(
+        found=f"checksum {found}",
+        wanted=f"{wanted}, of the profile that was asked for",
+        where=f"profile {folder}",
+        fix="Call optimize or torch.compile again for the profile that lies there now.",
+    )
+
+
 def thresholds(
-    folder: str, parameters: Sequence[Tensor], *, sites: int, heads: int, tokens: int
+    folder: str,
+    checksum: str | None,
+    parameters: Sequence[Tensor],
+    *,
+    sites: int,
+    heads: int,
+    tokens: int,
 ) -> dict[str, Rows]:
     """The tables of the transformer that ``parameters`` belong to; reads a few values of each of them.
 
     Args:
         folder: of the profile.
+        checksum: of the profile that the graph was compiled for.
         parameters: all of the transformer's, or those of one block.
         sites, heads, tokens: of the transformer and this call.
 
@@ -102,9 +121,11 @@ def thresholds(
         "top_p" and "delta", each [sites][heads].
 
     Raises:
-        ProfileError: other weights, or another number of sites or heads.
+        ProfileError: other weights, another number of sites or heads, or another profile in the folder.
     """
     profile = load_cached(folder)
+    if (found := read_checksum(folder)) != checksum:
+        raise _changed(folder, found, str(checksum))
     name = find_expert(profile, parameters, folder)
     expert = profile.experts[name]
     if expert.top_p.shape != (sites, heads):

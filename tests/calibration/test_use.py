@@ -66,6 +66,35 @@ def test_each_expert_takes_its_own_table(finished: Finished, compile: Any) -> No
         assert found["transformer"].density < found["transformer_2"].density
 
 
+def test_another_profile_in_the_same_folder_is_another_profile(finished: Finished, tmp_path: Path) -> None:
+    """State keeps its thresholds for life: what is saved over a profile must not meet the old ones."""
+    transformer = tiny_wan.build_transformer(2)
+    expert = finished.profile.experts["transformer_2"]
+    torch._dynamo.reset()
+    for pick in (0, 2):
+        changed = finished.profile.with_experts({"transformer_2": expert.chosen(expert.choice * 0 + pick)})
+        changed.save(tmp_path)
+        with optimize(transformer, profile=str(tmp_path), inner="eager") as handle, torch.no_grad():
+            transformer(**tiny_wan.transformer_inputs())
+            (state,) = [state for state in states_of(transformer) if state.config == handle.config]
+            wanted = torch.tensor(changed.experts["transformer_2"].top_p).float()
+            torch.testing.assert_close(torch.stack([state.tensor(i, "top_p") for i in range(2)]), wanted)
+
+
+def test_a_profile_that_changed_since_is_refused(finished: Finished, tmp_path: Path) -> None:
+    transformer = tiny_wan.build_transformer(2)
+    expert = finished.profile.experts["transformer_2"]
+    finished.profile.save(tmp_path)
+    torch._dynamo.reset()
+    with optimize(transformer, profile=str(tmp_path), inner="eager") as handle, torch.no_grad():
+        finished.profile.with_experts({"transformer_2": expert.chosen(expert.choice * 0)}).save(tmp_path)
+        with pytest.raises(ProfileError, match="of the profile that was asked for"):
+            transformer(**tiny_wan.transformer_inputs())
+    checksum = handle.config.profile_checksum
+    with pytest.raises(ProfileError, match=f"wanted {checksum}"):
+        HasteConfig.from_options({"profile": str(tmp_path), "profile_checksum": checksum})
+
+
 def test_a_bare_compile_finds_its_table(finished: Finished) -> None:
     transformer = tiny_wan.build_transformer(2)  # the second expert's weights, another instance
     options = {"profile": str(finished.folder), "inner": "eager"}
