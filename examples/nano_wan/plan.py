@@ -47,7 +47,7 @@ PLAN = Plan(
     vae_learning_rate=4e-3,
     stages=(
         Stage("small", SMALL, 240, 256, (0.3, 0.4, 0.3), 60_000, 40, 2.5e-3, 0.3, shift=5.0),
-        Stage("full", FULL, 273, 48, (0.2, 0.5, 0.3), 8_000, 33, 1.5e-3, 0.0, shift=6.0),
+        Stage("full", FULL, 700, 48, (0.2, 0.5, 0.3), 8_000, 33, 1.5e-3, 0.0, shift=6.0),
     ),
     encode_batch=16,
     reserve=75,
