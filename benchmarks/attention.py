@@ -272,8 +272,8 @@ def line(r: Row) -> str:
     )
 
 
-def environment(options: argparse.Namespace) -> dict[str, object]:
-    """Where and how the figures were taken."""
+def environment() -> dict[str, object]:
+    """Where the figures were taken, and of what."""
     import importlib.metadata
 
     import triton
@@ -292,7 +292,6 @@ def environment(options: argparse.Namespace) -> dict[str, object]:
         "block": BLOCK,
         "dtype": str(DTYPE),
         "warm_up_steps": 0,
-        "replay": options.replay,
         "order": "Williams design, shuffled",
     }
 
@@ -327,7 +326,7 @@ def main(arguments: list[str] | None = None) -> int:
                 where="benchmarks/attention.py",
                 fix="Run it on a machine with a GPU; the tests cover the kernels on the CPU.",
             )
-        facts = environment(options)
+        facts = environment() | {"replay": options.replay}
         print(", ".join(f"{key} {value}" for key, value in facts.items()), flush=True)
         rows, left_out = run(options)
     except WrongResultError as error:
@@ -350,11 +349,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> tuple[list[Row], dict[str, str]]:
     """All rows, printed as they come, and what was left out: name -> reason."""
-    from haste_compile.kernels.block_sparse_attention import kernel
+    from haste_compile.kernels.block_sparse_attention import dispatch
 
     check_poison(
         "haste kernel",
-        lambda p: kernel.attend(p.q, p.k, p.v, p.lists(), block=BLOCK, scale=p.scale)[0],
+        lambda p: dispatch.attend(p.q, p.k, p.v, p.lists(), block=BLOCK, scale=p.scale)[0],
         make_problem(1333, options.heads[0], 0.3),
     )
     print(f"{HEADER}\n{'-' * len(HEADER)}")

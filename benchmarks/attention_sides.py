@@ -143,12 +143,12 @@ def flex_attention(problem: Problem) -> Side:
 
 def haste_kernel(problem: Problem) -> Side:
     """The default form of our kernel, given lists."""
-    from haste_compile.kernels.block_sparse_attention import kernel
+    from haste_compile.kernels.block_sparse_attention import dispatch
 
     q, k, v, lists = problem.q, problem.k, problem.v, problem.lists()
     return Side(
         "haste kernel",
-        lambda: kernel.attend(q, k, v, lists, block=BLOCK, scale=problem.scale)[0],
+        lambda: dispatch.attend(q, k, v, lists, block=BLOCK, scale=problem.scale)[0],
         problem,
         ours=True,
     )

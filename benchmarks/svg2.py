@@ -219,7 +219,7 @@ def _demand(right: bool, found: str, what: str, site: Site) -> None:
 
 def compare(heads: int, tokens: int, top_p: float, repeats: int) -> list[Row]:
     """Check, then time, everything that a site does."""
-    from haste_compile.kernels.block_sparse_attention import kernel as fixed_blocks
+    from haste_compile.kernels.block_sparse_attention import dispatch as fixed_blocks
     from haste_compile.kernels.cluster_map import kernel as map_kernel
     from haste_compile.kernels.cluster_order import kernel as order_kernel
     from haste_compile.kernels.kmeans import kernel as kmeans_kernel
@@ -274,10 +274,25 @@ def compare(heads: int, tokens: int, top_p: float, repeats: int) -> list[Row]:
         "refresh, every head reuses": lambda: site.refresh(reuse="freeze"),
     }  # fmt: skip
     times = measure(calls, repeats)
-    counted = {"dense SDPA": heads * tokens**2, "svg2 attention": pairs}
-    counted["fixed blocks, equal density"] = problem.pairs()
-    errors = {"svg2 attention": error}
-    return [row(name, problem, times[name], counted.get(name), errors.get(name)) for name in calls]
+    rows = [row(name, problem, times[name]) for name in calls]
+    counted = {
+        "dense SDPA": heads * tokens**2,
+        "fixed blocks, equal density": problem.pairs(),
+        "svg2 attention": pairs,
+    }
+    return [_counted(r, counted[r.what], error) if r.what in counted else r for r in rows]
+
+
+def _counted(timed: Row, pairs: int, error: float) -> Row:
+    """With what follows from the kept pairs of one sample."""
+    flops = 4 * HEAD_DIM * pairs
+    return dataclasses.replace(
+        timed,
+        density=pairs / (timed.heads * timed.tokens**2),
+        flops=flops,
+        tflops=flops / timed.milliseconds / 1e9,
+        error=error if timed.what == "svg2 attention" else None,
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -299,8 +314,8 @@ def main(arguments: list[str] | None = None) -> int:
                 where="benchmarks/svg2.py",
                 fix="Run it on a machine with a GPU; the tests cover the kernels on the CPU.",
             )
-        record: dict[str, Any] = {"environment": {**environment(0), "centres": CENTRES}, "geometries": {}}
-        del record["environment"]["heads"], record["environment"]["block"]
+        record: dict[str, Any] = {"environment": {**environment(), "centres": CENTRES}, "geometries": {}}
+        del record["environment"]["block"]
         print(", ".join(f"{key} {value}" for key, value in record["environment"].items()), flush=True)
         for name, (heads, tokens) in geometries.items():
             for top_p in options.top_p:

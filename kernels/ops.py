@@ -233,7 +233,7 @@ def _attention_cuda(
 ) -> tuple[Tensor, Tensor]:
     _check_attention(q, k, v, mask, ctl, block)
     from haste_compile.kernels.block_mask import BlockMask
-    from haste_compile.kernels.block_sparse_attention import kernel as attention
+    from haste_compile.kernels.block_sparse_attention import dispatch as attention
     from haste_compile.kernels.expand_mask import kernel as expand_mask
 
     with torch.cuda.device_of(q):

@@ -1,12 +1,13 @@
 """The two ops on CUDA as a graph can hold them: each Triton kernel a node, to run without Python.
 
-What the CUDA implementations of ``kernels.ops`` launch, but for attention: a graph knows no addresses, so
-keys and values are read through plain pointers instead of TMA descriptors, which are made of an address at
-each call, and nothing is warp-specialised. Imported without Triton, traced with it.
+What the CUDA implementations of ``kernels.ops`` launch, but for attention: a graph knows no addresses, which
+the host needs for descriptors, and Inductor compiles Triton and not Gluon. So it is Triton's kernel, whose
+programs make their descriptors themselves. Imported without Triton, traced with it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -29,10 +30,23 @@ def block_sparse_attention(
     from haste_compile.kernels.block_sparse_attention.launch import choose_launch
     from haste_compile.kernels.expand_mask import kernel as expand_mask
 
-    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (9, 0)
     launch = choose_launch(
-        capability, block=block, dim=q.shape[3], itemsize=q.element_size(), tma_ready=False
+        torch.cuda.get_device_capability(q.device) if q.is_cuda else (9, 0),
+        block=block,
+        dim=q.shape[3],
+        itemsize=q.element_size(),
+        tma_ready=all(map(_tma_ready, (q, k, v))),
     )
+    launch = dataclasses.replace(launch, host_descriptors=False)
     counts, indices = expand_mask.expand(mask, ctl, mask.shape[3])
     lists = BlockMask(counts, indices, block)
     return attention.attend(q, k, v, lists, block=block, scale=scale, launch=launch)[0]
+
+
+def _tma_ready(x: Tensor) -> bool:
+    """As ``block_sparse_attention.kernel.tma_ready``, for a tensor without an address."""
+    steps = (
+        x.storage_offset(),
+        *(step for step, size in zip(x.stride()[:3], x.shape, strict=False) if size > 1),
+    )
+    return all(step * x.element_size() % 16 == 0 for step in steps)

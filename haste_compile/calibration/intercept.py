@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.weak import WeakIdKeyDictionary
 
 from haste_compile import _torch
@@ -36,6 +37,15 @@ from haste_compile.passes.base import AttentionSite
 
 #: (block, q, k, v, scale) -> attention output; q, k, v and output are [B, H, N, D].
 Attend = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
+
+#: Kernels of dense attention under autograd. Of the fused ones only FlashAttention's sums gradients in one
+#: order when deterministic algorithms are asked for; it takes no float32.
+_BY_REPRODUCIBILITY = [
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.MATH,
+]
 
 #: (q, k, v, dense attention output) -> nothing; all without gradient.
 Observe = Callable[[Tensor, Tensor, Tensor, Tensor], None]
@@ -180,7 +190,7 @@ class Interception:
                 observe(q.detach(), k.detach(), v.detach(), seen[0].detach())
             return seen[0]
 
-        with torch.enable_grad():
+        with torch.enable_grad(), sdpa_kernel(_BY_REPRODUCIBILITY, set_priority=True):
             hidden = call.hidden_input.detach().requires_grad_()
             output = call.run_again(hidden, watch, self)
             wanted = (seen[0],) if index == 0 else (seen[0], hidden)

@@ -103,7 +103,7 @@ def group_lse_kernel(
         )
         scores = tl.dot(query_tile, tl.trans(key_tile), scores, input_precision="ieee")
 
-    scores = tl.where((first_key < tokens)[None, :], scores * scale_log2, float("-inf"))
+    scores = tl.where((first_key < tokens)[None, :], scores * tl.cast(scale_log2, tl.float32), float("-inf"))
     BLOCKS: tl.constexpr = KEYS // PER_BLOCK
     scores = tl.reshape(scores, [QUERIES, BLOCKS, PER_BLOCK])
     top = tl.max(scores, 2)

@@ -14,7 +14,7 @@ The same mathematics as ``kernel.py``, with the schedule written out that Triton
   follow each other, so that its K and V stay in L2.
 * The output leaves through the shared memory of the tile's own Q, by TMA, which clips the ragged last block.
 
-No GPU has run this kernel yet. It is in ``variants.py`` as "gluon", and no user gets it.
+It takes a head dim of 128: with 64 its first run on a GPU gave NaN, for a reason not found yet.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ from haste_compile.kernels.block_sparse_attention.kernel import check_inputs, tm
 
 #: Query tokens, and key tokens, of a tile.
 BLOCK = 128
+#: Features of a head.
+DIM = 128
 
 _LOG2_E = gl.constexpr(1.4426950408889634)
 _LN_2 = gl.constexpr(0.6931471805599453)
@@ -329,6 +331,17 @@ class Schedule:
     in_turns: bool = True
 
 
+def suits(q: Tensor, k: Tensor, v: Tensor, block: int) -> bool:
+    """Whether this kernel computes it; Triton's takes the rest."""
+    return (
+        q.is_cuda
+        and torch.cuda.get_device_capability(q.device)[0] == 9
+        and block == BLOCK
+        and q.shape[-1] == DIM
+        and all(map(tma_ready, (q, k, v)))
+    )
+
+
 def attend(
     q: Tensor,
     k: Tensor,
@@ -341,18 +354,22 @@ def attend(
     lse: Tensor | None = None,
     schedule: Schedule | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As :func:`kernel.attend`, on a device of compute capability 9, for blocks of 128.
+    """As :func:`kernel.attend`, for what :func:`suits` it.
 
     Raises:
-        InputError: as there; also strides or addresses that are no multiples of 16 bytes.
+        InputError: as there; also what does not suit.
     """
     check_inputs(q, k, v, mask, block, scale)
-    if not q.is_cuda or torch.cuda.get_device_capability(q.device)[0] != 9 or block != BLOCK:
-        raise _unsuitable(f"blocks of {block} on {q.device}", f"blocks of {BLOCK} on a Hopper GPU")
     out = torch.empty_like(q) if out is None else out
     lse = q.new_empty(q.shape[:3], dtype=torch.float32) if lse is None else lse
-    if not all(map(tma_ready, (q, k, v, out))):
-        raise _unsuitable("strides that TMA does not take", "addresses and strides of whole 16 bytes")
+    if not (suits(q, k, v, block) and tma_ready(out)):
+        raise InputError(
+            found=f"blocks of {block}, head dim {q.shape[-1]}, {q.device}, "
+            f"strides {q.stride()}, {k.stride()}, {v.stride()}, {out.stride()}",
+            wanted=f"blocks of {BLOCK}, head dim {DIM}, a Hopper GPU, addresses and strides of 16·n bytes",
+            where="Hopper's kernel of block_sparse_attention",
+            fix="Use the Triton kernel.",
+        )
     batch, heads, tokens, dim = q.shape
     query_blocks, key_blocks = mask.indices.shape[2:]
     tiles = batch * heads * query_blocks
@@ -377,12 +394,3 @@ def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:
     strides = [step if size > 1 else x.shape[-1] for step, size in zip(x.stride(), x.shape, strict=True)]
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
     return TensorDescriptor(x, list(x.shape), [*strides[:3], 1], [1, 1, rows, x.shape[-1]], layout)
-
-
-def _unsuitable(found: str, wanted: str) -> InputError:
-    return InputError(
-        found=found,
-        wanted=wanted,
-        where="Hopper's kernel of block_sparse_attention",
-        fix="Use the Triton kernel.",
-    )

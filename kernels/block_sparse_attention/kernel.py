@@ -37,16 +37,29 @@ _NO_KEY = tl.constexpr(-1.0e38)
 @triton.jit
 def _load_rows(
     source, batch, head, start, stride_b, stride_h, stride_n, tokens,
-    BLOCK: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr,
+    BLOCK: tl.constexpr, D: tl.constexpr, TMA: tl.constexpr, HOST_DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
     """Rows ``start .. start + BLOCK`` of one head, [BLOCK, D]; rows past the last token are zero."""
-    if TMA:
+    if TMA and HOST_DESCRIPTORS:
         return source.load([batch, head, start, 0]).reshape([BLOCK, D])
+    elif TMA:
+        return source.load([start, 0])
     else:
         rows = start + tl.arange(0, BLOCK)
         base = source + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
         pointers = base + rows.to(tl.int64)[:, None] * stride_n + tl.arange(0, D)[None, :]
         return tl.load(pointers, mask=rows[:, None] < tokens, other=0.0)
+
+
+@triton.jit
+def _describe(
+    source, batch, head, stride_b, stride_h, stride_n, tokens, BLOCK: tl.constexpr, D: tl.constexpr
+):  # fmt: skip
+    """TMA descriptor of one head, [N, D], made on the device."""
+    return tl.make_tensor_descriptor(
+        source + batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h,
+        shape=[tokens, D], strides=[stride_n, 1], block_shape=[BLOCK, D],
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["tokens", "key_blocks"])
@@ -58,13 +71,14 @@ def block_sparse_attention_kernel(
     stride_ob, stride_oh, stride_on,
     tokens, key_blocks, scale,
     BLOCK: tl.constexpr, D: tl.constexpr, RAGGED: tl.constexpr,
-    TMA: tl.constexpr, WARP_SPECIALIZE: tl.constexpr, PARTS: tl.constexpr,
+    TMA: tl.constexpr, HOST_DESCRIPTORS: tl.constexpr, WARP_SPECIALIZE: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Attend one query block. Grid (Tq, H, B): rows of a head run side by side and meet in L2 on its K and V.
 
     Args:
         q, out: pointers to [B, H, N, D], last stride 1.
-        k, v: the same, or TMA descriptors of [B, H, N, D] with box [1, 1, BLOCK, D] when ``TMA``.
+        k, v: the same, or TMA descriptors of [B, H, N, D] with box [1, 1, BLOCK, D] where they are made on
+            the host.
         lse: pointer to fp32 [B, H, N], contiguous.
         counts, indices: pointers to int32 [B, H, Tq] and [B, H, Tq, key_blocks], contiguous.
         tokens: N. key_blocks: Tk. scale: factor of q·k, > 0.
@@ -82,13 +96,16 @@ def block_sparse_attention_kernel(
     KEYS: tl.constexpr = BLOCK // PARTS
 
     if TMA:
-        rows_of_head = tl.make_tensor_descriptor(
-            q + batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh,
-            shape=[tokens, D], strides=[stride_qn, 1], block_shape=[BLOCK, D],
-        )  # fmt: skip
-        queries = rows_of_head.load([start, 0])
+        queries = _describe(q, batch, head, stride_qb, stride_qh, stride_qn, tokens, BLOCK, D).load(
+            [start, 0]
+        )
+        if not HOST_DESCRIPTORS:
+            k = _describe(k, batch, head, stride_kb, stride_kh, stride_kn, tokens, BLOCK, D)
+            v = _describe(v, batch, head, stride_vb, stride_vh, stride_vn, tokens, BLOCK, D)
     else:
-        queries = _load_rows(q, batch, head, start, stride_qb, stride_qh, stride_qn, tokens, BLOCK, D, False)
+        queries = _load_rows(
+            q, batch, head, start, stride_qb, stride_qh, stride_qn, tokens, BLOCK, D, False, False
+        )
     if RAGGED:
         # Indices ascend, so only the last step can meet the block that reaches past the last token.
         ragged_step = tl.where(tl.load(row_indices + kept - 1) == key_blocks - 1, kept - 1, -1)
@@ -96,13 +113,17 @@ def block_sparse_attention_kernel(
         penalty = tl.where(tl.arange(0, KEYS) < keys_left, 0.0, _NO_KEY)
 
     # Scores are kept in units of log2: exp2 then needs no multiplication by log2(e) for every score.
-    scale_log2 = scale * _LOG2_E
+    # The cast is for Inductor, which passes Python's floats in double precision.
+    scale_log2 = tl.cast(scale, tl.float32) * _LOG2_E
     row_max = tl.full([BLOCK], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK], tl.float32)
     accumulator = tl.zeros([BLOCK, D], tl.float32)
     for step in tl.range(0, kept * PARTS, warp_specialize=WARP_SPECIALIZE):
         key_start = tl.load(row_indices + step // PARTS) * BLOCK + step % PARTS * KEYS
-        keys = _load_rows(k, batch, head, key_start, stride_kb, stride_kh, stride_kn, tokens, KEYS, D, TMA)
+        keys = _load_rows(
+            k, batch, head, key_start, stride_kb, stride_kh, stride_kn, tokens,
+            KEYS, D, TMA, HOST_DESCRIPTORS,
+        )  # fmt: skip
         scores = tl.dot(queries, tl.trans(keys), input_precision="ieee")
         if RAGGED:
             # A multiplication a column, which becomes the initial accumulator of the product, is cheaper
@@ -115,7 +136,10 @@ def block_sparse_attention_kernel(
         rescale = tl.exp2(row_max - new_max)
         row_sum = row_sum * rescale + tl.sum(weights, 1)
         accumulator = accumulator * rescale[:, None]
-        values = _load_rows(v, batch, head, key_start, stride_vb, stride_vh, stride_vn, tokens, KEYS, D, TMA)
+        values = _load_rows(
+            v, batch, head, key_start, stride_vb, stride_vh, stride_vn, tokens,
+            KEYS, D, TMA, HOST_DESCRIPTORS,
+        )  # fmt: skip
         accumulator = tl.dot(weights.to(values.dtype), values, accumulator, input_precision="ieee")
         row_max = new_max
 
@@ -186,8 +210,7 @@ def _start(
     triton.set_allocator(lambda size, _alignment, _stream: q.new_empty(size, dtype=torch.int8))
     launchable(block_sparse_attention_kernel)[(query_blocks, heads, batch)](
         q,
-        _descriptor(k, mask.block) if launch.tma else k,
-        _descriptor(v, mask.block) if launch.tma else v,
+        *((_descriptor(x, mask.block) if launch.tma and launch.host_descriptors else x) for x in (k, v)),
         out, lse, mask.counts, mask.indices,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
         tokens, key_blocks, scale,
@@ -195,6 +218,7 @@ def _start(
         D=dim,
         RAGGED=tokens % mask.block != 0,
         TMA=launch.tma,
+        HOST_DESCRIPTORS=launch.host_descriptors,
         WARP_SPECIALIZE=launch.warp_specialize,
         PARTS=launch.parts,
         num_warps=launch.num_warps,

@@ -35,6 +35,8 @@ class Launch:
         num_warps, num_stages: as Triton means them.
         parts: steps that a key block takes. Without TMA a tile of 128 × 128 scores does not fit in registers
             beside 128 × 128 outputs and operands that were loaded into registers: ptxas spills a kilobyte.
+        host_descriptors: with ``tma``, those of K and V are made on the host, once a launch; else every
+            program makes its own, which needs no address before the launch, so that a graph can hold it.
     """
 
     tma: bool
@@ -42,6 +44,7 @@ class Launch:
     num_warps: int
     num_stages: int
     parts: int = 1
+    host_descriptors: bool = True
 
 
 def choose_launch(

@@ -1,4 +1,4 @@
-"""The forms of the attention kernel by name, for benchmarks and GPU tests; users get ``launch.py``'s choice.
+"""The forms of the attention kernel by name, for benchmarks and GPU tests; users get what ``dispatch`` picks.
 
 A form that no GPU has confirmed yet stays here until a run has checked and timed it.
 """
@@ -66,11 +66,17 @@ VARIANTS: dict[str, Variant] = {
         _launched(Launch(tma=False, warp_specialize=False, num_warps=8, num_stages=2, parts=2)),
         (8, 9), (64, 128), confirmed=True,
     ),
-    "gluon": Variant(_scheduled(hopper.Schedule()), (9,), (128,), confirmed=False),
+    "triton, descriptors made on the device": Variant(
+        _launched(
+            Launch(tma=True, warp_specialize=True, num_warps=4, num_stages=2, host_descriptors=False)
+        ),
+        (9,), (128,), confirmed=False,
+    ),
+    "gluon": Variant(_scheduled(hopper.Schedule()), (9,), (128,), confirmed=True),
     "gluon, no turns": Variant(
-        _scheduled(hopper.Schedule(in_turns=False)), (9,), (128,), confirmed=False
+        _scheduled(hopper.Schedule(in_turns=False)), (9,), (128,), confirmed=True
     ),
     "gluon, 3 stages": Variant(
-        _scheduled(hopper.Schedule(stages=3, q_stages=1)), (9,), (128,), confirmed=False
+        _scheduled(hopper.Schedule(stages=3, q_stages=1)), (9,), (128,), confirmed=True
     ),
 }  # fmt: skip

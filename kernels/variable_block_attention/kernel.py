@@ -145,7 +145,7 @@ def variable_block_attention_kernel(
     keys_of_head = k + batch_of * stride_kb + head_of * stride_kh
     values_of_head = v + batch_of * stride_vb + head_of * stride_vh
     # Scores are kept in units of log2: exp2 then needs no multiplication by log2(e) for every score.
-    scale_log2 = scale * _LOG2_E
+    scale_log2 = tl.cast(scale, tl.float32) * _LOG2_E
     row_max = tl.full([ROWS], float("-inf"), tl.float32)
     row_sum = tl.zeros([ROWS], tl.float32)
     accumulator = tl.zeros([ROWS, D], tl.float32)

@@ -38,7 +38,8 @@ def request(
     launch = launch or choose_launch(
         (version // 10, version % 10), block=block, dim=dim, itemsize=TYPES[dtype], tma_ready=tma_ready
     )
-    tile = f"tensordesc<{dtype}[1,1,{block},{dim}]>" if launch.tma else f"*{dtype}:16"
+    host = launch.tma and launch.host_descriptors
+    tile = f"tensordesc<{dtype}[1,1,{block},{dim}]>" if host else f"*{dtype}:16"
     signature = {"q": f"*{dtype}:16", "k": tile, "v": tile, "out": f"*{dtype}:16", "lse": "*fp32:16"}
     signature |= {
         "counts": "*i32:16",
@@ -53,6 +54,7 @@ def request(
         "D": dim,
         "RAGGED": ragged,
         "TMA": launch.tma,
+        "HOST_DESCRIPTORS": launch.host_descriptors,
         "WARP_SPECIALIZE": launch.warp_specialize,
         "PARTS": launch.parts,
     }
@@ -83,6 +85,15 @@ SPECIALISED = {
         "sm_90a", 128, dim, dtype, ragged=ragged, launch=Launch(True, True, num_warps=4, num_stages=stages)
     )
     for dim, dtype, ragged, stages in ((128, "bf16", True, 2), (128, "bf16", False, 2), (64, "fp16", True, 4))
+} | {
+    f"{block} × {dim} {dtype}, descriptors made on the device": request(
+        "sm_90a",
+        block,
+        dim,
+        dtype,
+        launch=Launch(True, True, num_warps=4, num_stages=stages, host_descriptors=False),
+    )
+    for block, dim, dtype, stages in ((128, 128, "bf16", 2), (128, 64, "fp16", 4))
 }
 #: Every launch that the table gives to other architectures. None of them has run on such a GPU.
 ELSEWHERE = {
@@ -133,7 +144,7 @@ def test_the_loop_is_warp_specialised(name: str, compiled: dict[str, CrossCompil
 def test_the_second_consumer_moves_by_64_rows_once(name: str, compiled: dict[str, CrossCompiled]) -> None:
     # Its ranges of rows begin at 64. A vector of Q's coordinate, which Triton moves too, would add 64 more.
     coordinates = re.findall(r"(%\w+) = arith\.addi %start\w*, ", compiled[name].ttgir)
-    copies = re.findall(r"async_tma_copy_global_to_local %rows_of_head\w*\[([^,]+),", compiled[name].ttgir)
+    copies = re.findall(r"async_tma_copy_global_to_local %queries\w*\[([^,]+),", compiled[name].ttgir)
     assert len(copies) == 2 and copies[1] in coordinates
     _, second = compiled[name].ttgir.split(" partition1(")
     assert "end = 128 : i32, start = 64 : i32" in second

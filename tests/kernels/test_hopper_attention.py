@@ -16,7 +16,7 @@ import gluon_model  # noqa: E402
 
 from haste_compile.errors import InputError  # noqa: E402
 from haste_compile.kernels.block_mask import BlockMask, pack_bits  # noqa: E402
-from haste_compile.kernels.block_sparse_attention import hopper, reference  # noqa: E402
+from haste_compile.kernels.block_sparse_attention import dispatch, hopper, reference  # noqa: E402
 from haste_compile.kernels.block_sparse_attention.variants import VARIANTS  # noqa: E402
 from haste_compile.kernels.cross_compile import (  # noqa: E402
     SHARED_MEMORY_LIMIT,
@@ -209,25 +209,37 @@ def test_the_softmax_lies_under_the_products(
     assert len(re.findall(r"P{16}we{66}w", text)) == 2
 
 
-def test_triton_is_what_users_get_until_a_gpu_confirmed_the_others() -> None:
-    assert VARIANTS["triton"].confirmed
-    assert not any(variant.confirmed for name, variant in VARIANTS.items() if name.startswith("gluon"))
+def test_forms_say_what_they_run_on() -> None:
     assert VARIANTS["gluon"].refuses((8, 0), 128) == "needs compute capability 9, not 8.0"
     assert VARIANTS["gluon"].refuses((9, 0), 64) == "needs blocks of 128, not 64"
     assert VARIANTS["gluon"].refuses((9, 0), 128) is None
 
 
-@pytest.mark.skipif(HOPPER, reason="needs a machine without a Hopper GPU")
-def test_another_device_is_refused_by_name() -> None:
+def test_what_does_not_suit_it_is_refused_by_name_and_gets_the_triton_kernel() -> None:
     q, k, v, kept = problem(1, 1, 200, 64, torch.float16)
-    with pytest.raises(InputError, match="Hopper"):
+    assert not hopper.suits(q, k, v, 128)
+    with pytest.raises(InputError, match="head dim 64"):
         hopper.attend(q, k, v, lists(kept), block=128, scale=0.1)
+    out, lse = dispatch.attend(q, k, v, lists(kept), block=128, scale=0.1)
+    wanted, wanted_lse = VARIANTS["triton"].attend(q, k, v, lists(kept), block=128, scale=0.1)
+    assert torch.equal(out, wanted) and torch.equal(lse, wanted_lse)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
+def test_hopper_gets_it() -> None:
+    q, k, v, kept = problem(1, 2, 1000, 128, torch.bfloat16)
+    assert hopper.suits(q, k, v, 128) and not hopper.suits(q[..., 1:], k, v, 128)
+    out, _ = dispatch.attend(q, k, v, lists(kept), block=128, scale=0.1)
+    assert torch.equal(out, hopper.attend(q, k, v, lists(kept), block=128, scale=0.1)[0])
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", [(1, 1, 70, 128), (2, 3, 1333, 128), (1, 12, 4100, 64), (1, 40, 8192, 128)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 70, 128), (2, 3, 1333, 128), (1, 12, 4100, 128), (1, 40, 8192, 128)]
+)
 @pytest.mark.parametrize("name", [name for name in VARIANTS if name.startswith("gluon")])
 def test_on_hopper_it_agrees_with_the_reference(
     name: str, shape: tuple[int, int, int, int], dtype: torch.dtype

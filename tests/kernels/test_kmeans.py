@@ -142,11 +142,10 @@ def check_kernels(shape: dict[str, Any], iterations: int) -> None:
 
 
 def assert_alike(labels: Tensor, wanted: Tensor, x: Tensor, centroids: Tensor) -> None:
-    """Equal but for tokens that lie as far from one centroid as from the other."""
-    differing = labels != wanted
-    assert differing.float().mean() < 0.01
-    ours, theirs = (inertia(x[differing], some[differing], centroids) for some in (labels, wanted))
-    assert ours == pytest.approx(theirs, rel=1e-2)
+    """Equal but for a few tokens near a border, which ties of earlier iterations have moved."""
+    assert (labels != wanted).float().mean() < 0.01
+    ours, theirs = (inertia(x, some, centroids) for some in (labels, wanted))
+    assert ours == pytest.approx(theirs, rel=1e-3)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter; a GPU runs the real thing")
