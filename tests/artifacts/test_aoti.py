@@ -12,6 +12,7 @@ import pytest
 import torch
 from artifact_case import denoise, export, inputs
 from torch import Tensor, nn
+from torch.utils.cpp_extension import CUDA_HOME
 
 import haste_compile
 from haste_compile.artifacts import manifest
@@ -20,6 +21,8 @@ from haste_compile.errors import ArtifactVersionError, DeviceError, OptionError
 
 ROOT = Path(__file__).parents[2]
 BUILD = {"cmake": shutil.which("cmake"), "c++": shutil.which("c++")}
+if torch.version.cuda:  # CMake's package of a CUDA wheel wants the CUDA toolkit
+    BUILD["toolkit"] = CUDA_HOME if Path(CUDA_HOME or "", "include", "cuda_runtime.h").is_file() else None
 
 
 @pytest.fixture
@@ -27,7 +30,7 @@ def package(artifact: Callable[[str], Path]) -> Path:
     return artifact("aoti")
 
 
-@pytest.mark.skipif(None in BUILD.values(), reason="needs cmake and a C++ compiler")
+@pytest.mark.skipif(None in BUILD.values(), reason="needs cmake, a C++ compiler, CUDA wheels their toolkit")
 def test_the_cpp_runner_draws_python_s_video(package: Path, tmp_path: Path):
     """``examples/cpp_runner``, built against the installed wheel: equal bits, a process without Python."""
     torch_dir = Path(torch.utils.cmake_prefix_path) / "Torch"

@@ -165,13 +165,19 @@ def _signature(
     """What TensorRT reads off a plugin's function: tensors, then attributes, each with its type."""
     kinds: dict[str, Any] = dict.fromkeys(plugin.inputs, trtp.TensorDesc)
     for name, kind in plugin.attributes.items():
-        kinds[name] = np.ndarray[Any, np.dtype[_ARRAYS[kind]]] if kind in _ARRAYS else kind
+        kinds[name] = _Alias(np.ndarray, (Any, np.dtype[_ARRAYS[kind]])) if kind in _ARRAYS else kind
     positional = inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters = [
         inspect.Parameter(name, positional, annotation=kind)
         for name, kind in (kinds | dict(extra or {})).items()
     ]
     return inspect.Signature(parameters, return_annotation=returns)
+
+
+class _Alias(types.GenericAlias):
+    """A generic alias that TensorRT can ask ``issubclass`` about; Python 3.13's own has no bases."""
+
+    __bases__ = (object,)
 
 
 def _tuple_of(kind: Any, count: int) -> Any:
