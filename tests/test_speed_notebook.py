@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -52,6 +53,65 @@ def test_the_default_kernels_range_is_the_recorded_one() -> None:
     record = json.loads((ROOT / "benchmarks/results/attention-h200.json").read_text(encoding="utf-8"))
     rates = [row["tflops"] for row in record["rows"] if row["what"] == "haste kernel"]
     assert f"{min(rates):.0f}–{max(rates):.0f} TFLOP/s" in NOTEBOOK
+
+
+def test_the_variants_ranges_are_the_recorded_ones() -> None:
+    record = json.loads(
+        (ROOT / "benchmarks/results/attention-variants-h100.json").read_text(encoding="utf-8")
+    )
+    rates: dict[tuple[str, int], list[float]] = {}
+    for row in record["rows"]:
+        what = "haste gluon" if row["what"] == "haste kernel" else row["what"]  # one kernel, timed twice
+        rates.setdefault((what, row["tokens"]), []).append(row["tflops"] or 0.0)
+
+    def span(what: str, tokens: int) -> str:
+        return f"{min(rates[what, tokens]):.0f}–{max(rates[what, tokens]):.0f}"
+
+    assert f"{span('haste gluon', 75600)} TFLOP/s at 75,600 tokens" in NOTEBOOK
+    assert f"{span('haste gluon', 32760)} at 32,760" in NOTEBOOK
+    for what in ("gluon, no turns", "gluon, 3 stages", "triton, descriptors made on the device"):
+        assert f"| {span(f'haste {what}', 75600)} and {span(f'haste {what}', 32760)}: " in NOTEBOOK
+    for tokens, text in ((75600, "1.11–1.18×"), (32760, "1.09–1.16×")):
+        ours = [row for row in record["rows"] if row["tokens"] == tokens]
+        ratios = []
+        for name in ("haste kernel", "haste gluon"):
+            pairs = zip(_named(ours, name), _named(ours, "haste triton"), strict=True)
+            ratios += [new["tflops"] / old["tflops"] for new, old in pairs]
+        assert f"{min(ratios):.2f}–{max(ratios):.2f}×" == text and text in NOTEBOOK
+
+
+def test_uneven_rows_cost_what_is_recorded() -> None:
+    even, uneven = (
+        json.loads((ROOT / f"benchmarks/results/attention-{name}-h100.json").read_text(encoding="utf-8"))
+        for name in ("variants", "masks")
+    )
+
+    def rate(record: dict[str, Any], mask: str, tokens: int, density: float) -> float:
+        return next(
+            row["tflops"]
+            for row in _named(record["rows"], "haste kernel")
+            if (row["mask"], row["tokens"]) == (mask, tokens) and abs(row["density"] - density) < 0.01
+        )
+
+    def loss(tokens: int, density: float) -> float:
+        return 100 * (rate(even, "even", tokens, density) / rate(uneven, "uneven", tokens, density) - 1)
+
+    assert (
+        f"{loss(75600, 0.25):.1f} % at 75,600 tokens and density .25, {loss(75600, 0.5):.1f} % at .5"
+        in NOTEBOOK
+    )
+    assert f"{loss(32760, 0.25):.1f} % and none at 32,760" in NOTEBOOK and loss(32760, 0.5) < 0
+
+
+def test_the_forward_is_the_recorded_one() -> None:
+    record = json.loads((ROOT / "benchmarks/results/forward-480p-h100.json").read_text(encoding="utf-8"))
+    (row,) = record["rows"]
+    text = f"{row['speedup']:.2f}× at 480p, {100 * row['speedup'] / row['bound']:.0f} % of the bound"
+    assert text in NOTEBOOK
+
+
+def _named(rows: list[dict[str, Any]], what: str) -> list[dict[str, Any]]:
+    return [row for row in rows if row["what"] == what]
 
 
 def test_compile_times_are_the_recorded_ones() -> None:

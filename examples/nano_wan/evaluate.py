@@ -26,6 +26,7 @@ from examples.nano_wan.detect import Verdict, judge
 from examples.nano_wan.model import HEADS, LAYERS, load_pipeline
 from examples.nano_wan.model_card import REPORT, write_card
 from examples.nano_wan.render import FULL, Canvas, plain_caption, render, sample_scenes
+from haste_compile.generation import NANO_REQUEST
 from haste_compile.kernels.block_mask import token_pairs
 from haste_compile.kernels.block_scores.reference import block_scores
 from haste_compile.kernels.top_p_select.reference import top_p_select
@@ -34,8 +35,10 @@ log = logging.getLogger("nano_wan")
 
 HOLD_OUT_SEED = 90210
 HOLD_OUT_COUNTS = ((1, 10), (2, 24), (3, 6))  # (objects, prompts)
+VALIDATION_SEED = 71
+VALIDATION_COUNTS = ((1, 20), (2, 48), (3, 12))
 STEPS = 30
-GUIDANCE = 4.5
+GUIDANCES = (2.0, 3.0, 4.5, 6.0)  # that validation chooses from
 TOP_P = 0.9
 BLOCK = 64
 STRIDES = (8, 16)
@@ -55,7 +58,18 @@ class Prompt:
 
 def hold_out_prompts(counts: Sequence[tuple[int, int]] = HOLD_OUT_COUNTS) -> list[Prompt]:
     """Prompts whose set of objects training has never seen; the same list every time."""
-    generator = torch.Generator().manual_seed(HOLD_OUT_SEED)
+    return _unseen_prompts(counts, HOLD_OUT_SEED)
+
+
+def validation_prompts() -> list[Prompt]:
+    """Others that training has never seen either, less what the hold-out prompts happen to share."""
+    held = {frozenset(prompt.objects) for prompt in hold_out_prompts()}
+    prompts = _unseen_prompts(VALIDATION_COUNTS, VALIDATION_SEED)
+    return [prompt for prompt in prompts if frozenset(prompt.objects) not in held]
+
+
+def _unseen_prompts(counts: Sequence[tuple[int, int]], seed: int) -> list[Prompt]:
+    generator = torch.Generator().manual_seed(seed)
     prompts: list[Prompt] = []
     for objects, n in counts:
         weights = [float(k == objects) for k in (1, 2, 3)]
@@ -72,7 +86,7 @@ def generate(
     prompts: Sequence[Prompt],
     canvas: Canvas,
     steps: int = STEPS,
-    guidance: float = GUIDANCE,
+    guidance: float = NANO_REQUEST.guidance,
 ) -> torch.Tensor:
     """Clips [n, 3, frames, size, size] in -1..1 from the ordinary pipeline; noise is drawn on the CPU."""
     frames = pipeline(
@@ -225,31 +239,47 @@ def contact_sheet(clips: torch.Tensor, path: Path, columns: int = 5) -> None:
     Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(path)
 
 
+def success_by_guidance(pipeline: WanPipeline, canvas: Canvas = FULL) -> dict[float, float]:
+    """Shares of validation prompts that come out whole, by guidance scale."""
+    prompts = validation_prompts()
+    found = {}
+    for guidance in GUIDANCES:
+        figures = success(_generate_all(pipeline, prompts, canvas, guidance), prompts)
+        found[guidance] = figures["clip_success"]
+        log.info("guidance %s: %s %s", guidance, found[guidance], figures["clip_success_by_objects"])
+    return found
+
+
 def evaluate(
     pipeline: WanPipeline,
     canvas: Canvas = FULL,
     *,
+    guidance: float = NANO_REQUEST.guidance,
     vae_clips: int = 16,
     sheet: Path | None = None,
-    batch: int = 20,
 ) -> dict[str, Any]:
     """The hold-out report: VAE PSNR, success on the unseen prompts, head densities."""
     prompts = hold_out_prompts()
-    clips = torch.cat(
-        [generate(pipeline, prompts[i : i + batch], canvas) for i in range(0, len(prompts), batch)]
-    )
+    clips = _generate_all(pipeline, prompts, canvas, guidance)
     if sheet is not None:
         contact_sheet(clips[::3], sheet)
     return {
         "canvas": asdict(canvas),
         "steps": STEPS,
-        "guidance": GUIDANCE,
+        "guidance": guidance,
         "vae_psnr": vae_psnr(pipeline, vae_clips, canvas),
         "hold_out": success(clips, prompts),
         "top_p": TOP_P,
         "block": BLOCK,
         "densities": head_densities(pipeline, [p for p in prompts if len(p.objects) == 2][:4], canvas),
     }
+
+
+def _generate_all(
+    pipeline: WanPipeline, prompts: Sequence[Prompt], canvas: Canvas, guidance: float, batch: int = 20
+) -> torch.Tensor:
+    parts = [prompts[i : i + batch] for i in range(0, len(prompts), batch)]
+    return torch.cat([generate(pipeline, part, canvas, guidance=guidance) for part in parts])
 
 
 def main() -> None:

@@ -54,6 +54,9 @@ def _figures(model: Path, report: dict[str, Any]) -> dict[str, Any]:
         "steps": found["steps"],
         "eval_steps": found["steps"],
         "guidance": found["guidance"],
+        "by_guidance": ", ".join(
+            f"{share:.0%} at {float(scale):g}" for scale, share in report["validation"].items()
+        ),
         "layers": transformer["num_layers"],
         "heads": transformer["num_attention_heads"],
         "head_dim": transformer["attention_head_dim"],
@@ -72,6 +75,9 @@ def _figures(model: Path, report: dict[str, Any]) -> dict[str, Any]:
         "device": last_call["device"],
         "torch": last_call["torch"],
         "minutes": sum(seconds) / 60,
+        "training_minutes": (
+            sum(stage["seconds"] for stage in (report["vae"], report["long_vae"], *report["stages"])) / 60
+        ),
         "calls": len(report["calls"]),
         "seed": report["seed"],
         "stages": "\n".join(_stage_rows(report)),

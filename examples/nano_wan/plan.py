@@ -48,9 +48,10 @@ PLAN = Plan(
     stages=(
         Stage("small", SMALL, 240, 256, (0.3, 0.4, 0.3), 60_000, 40, 2.5e-3, 0.3, shift=5.0),
         Stage("full", FULL, 700, 48, (0.2, 0.5, 0.3), 8_000, 33, 1.5e-3, 0.0, shift=6.0),
+        Stage("finish", FULL, 170, 48, (0.2, 0.5, 0.3), 8_000, 33, 7e-4, 0.0, shift=6.0),
     ),
     encode_batch=16,
-    reserve=75,
+    reserve=115,
     vae_clips=16,
     compile=True,
 )

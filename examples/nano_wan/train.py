@@ -31,20 +31,18 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from diffusers import WanPipeline
 
 from examples.nano_wan.evaluate import (
-    Prompt,
     contact_sheet,
     evaluate,
     generate,
     hold_out_prompts,
     success,
+    success_by_guidance,
     vae_psnr,
 )
 from examples.nano_wan.model import build_pipeline, load_pipeline, save_pipeline
 from examples.nano_wan.plan import PLAN, SEED, SMOKE, Plan
-from examples.nano_wan.render import Canvas, plain_caption, sample_scenes
 from examples.nano_wan.train_flow import train_stage
 from examples.nano_wan.train_vae import measure_latents, train_vae
 from examples.nano_wan.words import teach_phrases
@@ -215,22 +213,6 @@ def train(run: Run, plan: Plan, clock: Clock, device: torch.device) -> None:
     run.save()
 
 
-def try_samplers(pipeline: WanPipeline, canvas: Canvas) -> dict[str, float]:
-    """Clip success on 40 prompts that are neither trained on nor held out, by schedule shift and guidance."""
-    generator = torch.Generator().manual_seed(SEED + 5)
-    scenes = sample_scenes(40, (0.2, 0.6, 0.2), generator, unseen=True)
-    asked = [tuple(scenes.objects(clip)) for clip in range(40)]
-    prompts = [Prompt(plain_caption(items), items, 5000 + i) for i, items in enumerate(asked)]
-    found: dict[str, float] = {}
-    for shift, guidance in ((3.0, 4.5), (3.0, 7.0), (6.0, 4.5), (6.0, 7.0)):
-        pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, flow_shift=shift)
-        clips = generate(pipeline, prompts, canvas, guidance=guidance)
-        figures = success(clips, prompts)
-        found[f"shift {shift}, guidance {guidance}"] = figures["clip_success"]
-        log.info("shift %s, guidance %s: %s", shift, guidance, figures["clip_success_by_objects"])
-    return found
-
-
 def report_progress(run: Run, plan: Plan) -> None:
     """Evaluate what is there: the full report after the last stage, a glance at small clips before it."""
     stages = [entry["stage"] for entry in run.report["stages"]]
@@ -240,12 +222,14 @@ def report_progress(run: Run, plan: Plan) -> None:
     pipeline = load_pipeline(run.folder).to(run.pipeline.device)
     sheet = run.out / "sheet.png"
     if stages[-1] == plan.stages[-1].name and plan is PLAN:
-        run.report["evaluation"] = evaluate(pipeline, sheet=sheet)
+        canvas = plan.stages[-1].canvas
+        found = run.report["validation"] = success_by_guidance(pipeline, canvas)
+        run.report["evaluation"] = evaluate(
+            pipeline, canvas, guidance=max(found, key=found.__getitem__), sheet=sheet
+        )
         log.info("hold-out: %s", run.report["evaluation"]["hold_out"])
         for name, figures in run.report["evaluation"]["densities"].items():
             log.info("densities %s: %s", name, {k: v for k, v in figures.items() if k != "by_head"})
-        run.save()
-        run.report["samplers"] = try_samplers(pipeline, plan.stages[-1].canvas)
         return
     canvas = plan.stages[0].canvas
     prompts = hold_out_prompts(((1, 10), (2, 10)) if plan is PLAN else ((1, 1),))
