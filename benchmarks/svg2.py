@@ -3,6 +3,7 @@
     python -m benchmarks.svg2                                # 1.3B and 14B, 480p and 720p: minutes
     python -m benchmarks.svg2 --quick                        # correctness and a small timing: seconds
     python -m benchmarks.svg2 --json benchmarks/results/svg2-h200.json
+    python -m benchmarks.svg2 --geometry "1.3B 720p" --top-p 0.5 --attention-only --forms triton gluon
 
 Queries and keys are drawn around a few hundred centres, since tokens without structure have no map worth
 having; so speeds are those of given densities, and no evidence of quality. Before anything is timed
@@ -12,9 +13,12 @@ having; so speeds are those of given densities, and no evidence of quality. Befo
 * attention's error against float64, on query clusters of every head, is within twice that of SDPA in the same
   dtype on the same keys;
 
-what fails is not timed. All sides run in one process, interleaved, first calls excluded; medians. TFLOP/s
-count kept query-key pairs, 4·D FLOP each. "fixed blocks" is the kernel under XAttention at the density that
-the map has. A rebuild that is not the first of its video starts from centroids that have drifted a little.
+what fails is not timed. A form of attention that no GPU has confirmed yet runs in a child process with a time
+limit first, and is left out with the reason when it fails there.
+
+All sides run in one process, interleaved, first calls excluded; medians. TFLOP/s count kept query-key pairs,
+4·D FLOP each. "fixed blocks" is the kernel under XAttention at the density that the map has. A rebuild that
+is not the first of its video starts from centroids that have drifted a little.
 
 Exit code: 0, 1 when a kernel is wrong, 2 when the machine cannot run the benchmark.
 """
@@ -23,10 +27,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +51,7 @@ from benchmarks.attention import (
     measure,
     row,
 )
+from benchmarks.attention_sides import PROBE_SECONDS, in_child
 from haste_compile.config import HasteConfig
 from haste_compile.errors import DeviceError, HasteError
 from haste_compile.kernels import cluster_ops
@@ -54,6 +60,7 @@ from haste_compile.kernels.cluster_map import reference as cluster_map
 from haste_compile.kernels.kmeans import reference as kmeans
 from haste_compile.kernels.layout import Counter, Ctl
 from haste_compile.kernels.variable_block_attention.reference import labels as labels_of
+from haste_compile.kernels.variable_block_attention.variants import VARIANTS
 from haste_compile.predictors import get_predictor
 from haste_compile.predictors.base import site_layouts
 
@@ -67,6 +74,9 @@ GEOMETRIES = {
 CENTRES = 400
 #: Tokens of a query cluster that are checked; all of a large one would take long in float64.
 CHECKED_ROWS = 64
+#: Heads, tokens and top_p that an unconfirmed form is tried on: fewer tiles than multiprocessors, and many.
+#: Multiples of 16, as 75,600 is: no kernel is compiled a second time within the child's time.
+TRIED = ((1, 112, 0.9), (2, 1024, 0.5), (12, 4112, 0.3), (12, 32_768, 0.5))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,9 +108,12 @@ class Site:
             self.state["counters"].zero_()
         call.op(self.q, self.k, *(self.state[name] for name in call.fields), **call.options | rule)
 
-    def attend(self) -> Tensor:
-        state = (self.state[name] for name in ("order", "offsets", "mask", "ctl"))
-        return cluster_ops.cluster_sparse_attention(self.q, self.k, self.v, *state, scale=self.scale)[0]
+    def attend(self, form: str | None = None) -> Tensor:
+        """What a model runs, or one form of the kernel by its name in ``variants.py``."""
+        state = [self.state[name] for name in ("order", "offsets", "mask", "ctl")]
+        if form is None:
+            return cluster_ops.cluster_sparse_attention(self.q, self.k, self.v, *state, scale=self.scale)[0]
+        return VARIANTS[form].attend(self.q, self.k, self.v, *state, scale=self.scale)[0]
 
     def pairs(self) -> int:
         return int(self.state["counters"][..., Counter.KEPT].sum())
@@ -207,6 +220,65 @@ def check_attention(site: Site, out: Tensor, samples: int = 3) -> float:
     return worst
 
 
+def usable_forms(
+    site: Site, left_out: dict[str, str], wanted: Sequence[str] | None = None
+) -> dict[str, float]:  # fmt: skip
+    """Error of every form of the kernel that may be timed, as ``check_attention`` has it.
+
+    Args:
+        wanted: names in ``variants.py``; None: all.
+        left_out: gets the others, name -> reason.
+
+    Raises:
+        WrongResultError: a form that a GPU has confirmed is wrong.
+    """
+    errors: dict[str, float] = {}
+    for name in VARIANTS if wanted is None else wanted:
+        variant = VARIANTS[name]
+        reason = variant.refuses(torch.cuda.get_device_capability(site.q.device))
+        if reason is None and not variant.confirmed:
+            reason = probe(name)
+        if reason is None:
+            try:
+                errors[name] = check_attention(site, site.attend(name))
+            except WrongResultError as error:
+                if variant.confirmed:
+                    raise
+                reason = str(error)
+        if reason is not None:
+            left_out[f"svg2 attention, {name}"] = reason
+    return errors
+
+
+@functools.cache
+def probe(name: str) -> str | None:
+    """Why a form must not run in this process; None when its output was right in a child that may hang."""
+    return in_child(try_form, name, PROBE_SECONDS)
+
+
+def try_form(name: str, sites: tuple[tuple[int, int, float], ...] = TRIED, device: str = "cuda") -> None:
+    """Run one form on sites of (heads, tokens, top_p), ten times each, and in a dense step.
+
+    Raises:
+        WrongResultError: wrong, or another result from run to run.
+    """
+    for heads, tokens, top_p in sites:
+        site = make_site(heads, tokens, top_p, device=device)
+        site.refresh(first=True, first_iterations=4)
+        first = site.attend(name)
+        check_attention(site, first)
+        steady = all(torch.equal(first, site.attend(name)) for _ in range(10))
+        _demand(steady, "an output that differs from run to run", f"attention, {name}", site)
+        site.state["ctl"][Ctl.DENSE] = 1
+        exact = F.scaled_dot_product_attention(site.q[:, :, :64].double(), site.k.double(), site.v.double())
+        error, yardstick = (
+            (out[:, :, :64] - exact).abs().max().nan_to_num(math.inf).item()
+            for out in (site.attend(name), F.scaled_dot_product_attention(site.q, site.k, site.v))
+        )
+        found = f"error {error:.2e} beside SDPA's {yardstick:.2e} in a dense step"
+        _demand(error <= 2 * yardstick, found, f"attention, {name}", site)
+
+
 def _demand(right: bool, found: str, what: str, site: Site) -> None:
     if not right:
         raise WrongResultError(
@@ -217,8 +289,22 @@ def _demand(right: bool, found: str, what: str, site: Site) -> None:
         )
 
 
-def compare(heads: int, tokens: int, top_p: float, repeats: int) -> list[Row]:
-    """Check, then time, everything that a site does."""
+def compare(
+    heads: int,
+    tokens: int,
+    top_p: float,
+    repeats: int,
+    left_out: dict[str, str],
+    *,
+    forms: Sequence[str] | None = None,
+    attention_only: bool = False,
+) -> list[Row]:
+    """Check, then time, everything that a site does, or just its attention.
+
+    Args:
+        left_out: gets the forms of attention that cannot run, name -> reason.
+        forms: of attention, by their names in ``variants.py``, beside the one that a model gets; None: all.
+    """
     from haste_compile.kernels.block_sparse_attention import dispatch as fixed_blocks
     from haste_compile.kernels.cluster_map import kernel as map_kernel
     from haste_compile.kernels.cluster_order import kernel as order_kernel
@@ -227,8 +313,11 @@ def compare(heads: int, tokens: int, top_p: float, repeats: int) -> list[Row]:
     site = make_site(heads, tokens, top_p)
     state, q, k, v = site.state, site.q, site.k, site.v
     site.refresh(first=True)
-    check_state(site, iterations=site.config.cluster_iterations[0])
-    error = check_attention(site, site.attend())
+    if not attention_only:
+        check_state(site, iterations=site.config.cluster_iterations[0])
+    errors = {"svg2 attention": check_attention(site, site.attend())}
+    usable = usable_forms(site, left_out, forms)
+    errors |= {f"svg2 attention, {name}": error for name, error in usable.items()}
     pairs = site.pairs()
 
     problem = make_problem(tokens, heads, pairs / (heads * tokens**2))
@@ -261,6 +350,9 @@ def compare(heads: int, tokens: int, top_p: float, repeats: int) -> list[Row]:
             problem.q, problem.k, problem.v, lists, block=lists.block, scale=site.scale
         ),
         "svg2 attention": site.attend,
+        **{f"svg2 attention, {name}": functools.partial(site.attend, name) for name in usable},
+    }  # fmt: skip
+    rebuilding: dict[str, Callable[[], object]] = {
         "cluster, 2 iterations": cluster,
         "cluster, 50 iterations": first_cluster,
         "order": lambda: order_kernel.sort_(
@@ -273,17 +365,18 @@ def compare(heads: int, tokens: int, top_p: float, repeats: int) -> list[Row]:
         "refresh, every head rebuilds": rebuild,
         "refresh, every head reuses": lambda: site.refresh(reuse="freeze"),
     }  # fmt: skip
+    calls |= {} if attention_only else rebuilding
     times = measure(calls, repeats)
-    rows = [row(name, problem, times[name]) for name in calls]
+    timed = [row(name, problem, times[name]) for name in calls]
     counted = {
         "dense SDPA": heads * tokens**2,
         "fixed blocks, equal density": problem.pairs(),
-        "svg2 attention": pairs,
+        **dict.fromkeys(errors, pairs),
     }
-    return [_counted(r, counted[r.what], error) if r.what in counted else r for r in rows]
+    return [_counted(r, counted[r.what], errors.get(r.what)) if r.what in counted else r for r in timed]
 
 
-def _counted(timed: Row, pairs: int, error: float) -> Row:
+def _counted(timed: Row, pairs: int, error: float | None) -> Row:
     """With what follows from the kept pairs of one sample."""
     flops = 4 * HEAD_DIM * pairs
     return dataclasses.replace(
@@ -291,18 +384,28 @@ def _counted(timed: Row, pairs: int, error: float) -> Row:
         density=pairs / (timed.heads * timed.tokens**2),
         flops=flops,
         tflops=flops / timed.milliseconds / 1e9,
-        error=error if timed.what == "svg2 attention" else None,
+        error=error,
     )
 
 
-def main(arguments: list[str] | None = None) -> int:
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--geometry", nargs="+", choices=list(GEOMETRIES), default=list(GEOMETRIES))
     parser.add_argument("--top-p", type=float, nargs="+", default=[0.5, 0.9])
     parser.add_argument("--repeats", type=int, default=7, help="timed rounds, of which the median is shown")
     parser.add_argument("--quick", action="store_true", help="4 heads of 4,100 tokens, 3 rounds")
+    parser.add_argument("--forms", nargs="*", help="of attention, as in variants.py; default: all of them")
+    parser.add_argument("--attention-only", action="store_true", help="neither check nor time the rebuild")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
     options = parser.parse_args(arguments)
+    unknown = set(options.forms or ()) - set(VARIANTS)
+    if unknown:
+        parser.error(f"no form {sorted(unknown)}; there are {sorted(VARIANTS)}")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
     geometries = {name: GEOMETRIES[name] for name in options.geometry}
     if options.quick:
         geometries, options.repeats = {"quick": (4, 4100)}, 3
@@ -315,17 +418,23 @@ def main(arguments: list[str] | None = None) -> int:
                 fix="Run it on a machine with a GPU; the tests cover the kernels on the CPU.",
             )
         record: dict[str, Any] = {"environment": {**environment(), "centres": CENTRES}, "geometries": {}}
+        left_out: dict[str, str] = {}
         del record["environment"]["block"]
         print(", ".join(f"{key} {value}" for key, value in record["environment"].items()), flush=True)
         for name, (heads, tokens) in geometries.items():
             for top_p in options.top_p:
-                rows = compare(heads, tokens, top_p, options.repeats)
+                rows = compare(
+                    heads, tokens, top_p, options.repeats, left_out,
+                    forms=options.forms, attention_only=options.attention_only,
+                )  # fmt: skip
                 dense = rows[0].milliseconds
                 print(f"{name}, top_p {top_p:g}\n{HEADER} {'of dense':>9}")
                 print("\n".join(f"{line(r)} {r.milliseconds / dense:>9.2%}" for r in rows), flush=True)
                 record["geometries"].setdefault(name, {})[f"{top_p:g}"] = [
                     dataclasses.asdict(r) for r in rows
                 ]
+        record["left_out"] = left_out
+        print("\n".join(f"left out: {name}: {reason}" for name, reason in left_out.items()), flush=True)
     except WrongResultError as error:
         print(f"not timed: {error}", file=sys.stderr)
         return 1

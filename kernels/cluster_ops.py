@@ -299,7 +299,7 @@ def _attention_cuda(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     _check_attention(q, k, v, order, offsets, mask, ctl)
-    from haste_compile.kernels.variable_block_attention import kernel as attention
+    from haste_compile.kernels.variable_block_attention import dispatch as attention
 
     with torch.cuda.device_of(q):
         return attention.attend(q, k, v, order, offsets, mask, ctl, scale=scale)

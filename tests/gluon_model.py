@@ -6,6 +6,8 @@ here too:
 
 * ``mbarrier`` keeps a phase parity, pending arrivals and bytes. A wait that nothing ends raises.
 * TMA loads finish late and in any order. Until then their tile is NaN: what is overwritten too early shows.
+* Row copies (``cp.async``) likewise; the arrival that is left to them follows the last of its thread's. A
+  product that reads what they wrote, with no fence between its thread's wait and itself, raises.
 * A product reads its operands when it is waited for, not when it is issued; a TMA store likewise.
 
 The model takes a partition for one thread: barriers among the warps of a partition it does not see. Those are
@@ -15,6 +17,7 @@ read off the PTX.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import random
 import threading
 import types
@@ -26,6 +29,13 @@ from torch import Tensor
 
 #: Seconds after which a wait is a deadlock.
 PATIENCE = 20.0
+#: What it says of a schedule that is broken; any other error is one of the model or of a test.
+FAILURES = (
+    "a wait that nothing ends",
+    "more arrivals than a barrier counts",
+    "a product is read before it was waited for",
+    "a product reads row copies that no fence made visible",
+)
 
 
 class Index(int):
@@ -37,6 +47,8 @@ class Index(int):
     def __add__(self, other: Any) -> Any:
         return Index(int(self) + int(other)) if isinstance(other, int) else NotImplemented
 
+    __radd__ = __add__
+
     def __floordiv__(self, other: Any) -> Any:
         return Index(int(self) // int(other))
 
@@ -46,6 +58,8 @@ class Index(int):
 
 class Pointer:
     """Address of elements of a flat tensor."""
+
+    dtype = types.SimpleNamespace(element_ty=torch.float32)
 
     def __init__(self, memory: Tensor, offset: Any = 0) -> None:
         self.memory, self.offset = memory, offset
@@ -150,6 +164,13 @@ class Product:
         self.value = left @ b.data + (start if use_acc else 0.0)
 
 
+class RowCopy:
+    """Rows on their way into shared memory."""
+
+    def __init__(self) -> None:
+        self.done = False
+
+
 class World:
     """The state of one launch, and the namespaces that stand in for Gluon's."""
 
@@ -158,6 +179,8 @@ class World:
         self.changed = threading.Condition()
         self.failure: str | None = None
         self.loads: list[Callable[[], None]] = []
+        self.arrivals: list[tuple[list[RowCopy], Barrier, int]] = []
+        self.ticks, self.copied = itertools.count(1), dict[int, int]()
         self.here = threading.local()
         self.busy = True
 
@@ -170,21 +193,22 @@ class World:
         gl = types.SimpleNamespace(
             int32=torch.int32, int64=torch.int64, float32=torch.float32, constexpr=lambda x: x,
             static_range=range,
-            maximum=lambda a, b: torch.maximum(a, b) if isinstance(a, Tensor) else max(a, b),
+            maximum=lambda a, b: a.clamp(min=b) if isinstance(a, Tensor) else max(a, b),
+            minimum=lambda a, b: a.clamp(max=b) if isinstance(a, Tensor) else min(a, b),
             exp2=torch.exp2, log2=torch.log2, where=torch.where, sum=lambda x, axis: x.sum(axis),
             max=lambda x, axis: Index(x.item()) if x.numel() == 1 else x.amax(axis),
             zeros=lambda shape, dtype, _layout: torch.zeros(shape, dtype=dtype),
             full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype),
             arange=lambda start, end, layout: torch.arange(start, end),
             convert_layout=lambda x, _layout: x,
-            load=lambda pointer: Index(pointer.memory[pointer.offset]),
+            load=self._load,
             store=self._store, atomic_add=self._atomic_add,
             program_id=lambda _axis: Index(self.here.program),
             num_programs=lambda _axis: Index(self.programs),
             allocate_shared_memory=self._allocate, warp_specialize=self._specialize,
             **dict.fromkeys(
                 ("BlockedLayout", "SwizzledSharedLayout", "SliceLayout", "DotOperandLayout",
-                 "NVMMADistributedLayout"), lambda *_: None,
+                 "NVMMADistributedLayout", "NVMMASharedLayout"), lambda *_, **__: None,
             ),
         )  # fmt: skip
         mbarrier = types.SimpleNamespace(
@@ -199,9 +223,13 @@ class World:
             async_copy_shared_to_global=lambda to, place, tile: self.here.stores.append((to, place, tile)),
             store_wait=self._finish_stores,
         )
+        async_copy = types.SimpleNamespace(
+            async_copy_global_to_shared=self._copy_rows, mbarrier_arrive=self._arrive_behind_copies
+        )
         return {
-            "gl": gl, "mbarrier": mbarrier, "tma": tma, "warpgroup_mma": self._multiply,
-            "warpgroup_mma_wait": self._wait_for_products, "fence_async_shared": lambda: None,
+            "gl": gl, "mbarrier": mbarrier, "tma": tma, "async_copy": async_copy,
+            "warpgroup_mma": self._multiply, "warpgroup_mma_wait": self._wait_for_products,
+            "fence_async_shared": self._fence,
             "_synchronise": lambda: None,
         }  # fmt: skip
 
@@ -211,7 +239,7 @@ class World:
         engine.start()
         with self._threads() as start:
             for program in range(self.programs):
-                start(program, kernel, (), arguments)
+                start(program, 4, kernel, (), arguments)
         with self.changed:
             self.busy = False
             self.changed.notify_all()
@@ -224,10 +252,11 @@ class World:
         threads: list[threading.Thread] = []
 
         def start(
-            program: int, work: Callable[..., None], args: tuple[Any, ...], named: dict[str, Any]
+            program: int, warps: int, work: Callable[..., None], args: tuple[Any, ...], named: dict[str, Any]
         ) -> None:
             def body() -> None:
                 self.here.program, self.here.products, self.here.stores = program, [], []
+                self.here.lanes, self.here.copies, self.here.fenced = 32 * warps, [], 0
                 try:
                     work(*args, **named)
                 except Exception as error:
@@ -241,10 +270,10 @@ class World:
         for thread in threads:
             thread.join()
 
-    def _specialize(self, partitions: Sequence[Any], _warps: Any, _registers: Any) -> None:
+    def _specialize(self, partitions: Sequence[Any], warps: Sequence[int], _registers: Any) -> None:
         with self._threads() as start:
-            for work, args in partitions:
-                start(self.here.program, work, args, {})
+            for (work, args), count in zip(partitions, (4, *warps), strict=True):
+                start(self.here.program, count, work, args, {})
 
     def _allocate(self, dtype: Any, shape: Sequence[int], layout: Any) -> Shared:
         if layout == "barriers":
@@ -272,6 +301,40 @@ class World:
             self.loads.append(finish)
             self.changed.notify_all()
 
+    def _copy_rows(self, tile: Shared, source: Pointer) -> None:
+        tile.data.fill_(float("nan"))
+        copy = RowCopy()
+        self.here.copies.append(copy)
+
+        def finish() -> None:
+            tile.data.copy_(source.memory[source.offset])
+            with self.changed:
+                self.copied[tile.data.data_ptr()] = next(self.ticks)
+                copy.done = True
+                self._settle_arrivals()
+
+        with self.changed:
+            self.loads.append(finish)
+            self.changed.notify_all()
+
+    def _arrive_behind_copies(self, place: Shared, increment_count: bool) -> None:
+        with self.changed:
+            if increment_count:
+                self.fail("arrivals that the barrier's count already holds")
+            behind = [copy for copy in self.here.copies if not copy.done]
+            self.arrivals.append((behind, self._barrier(place), self.here.lanes))
+            self._settle_arrivals()
+
+    def _settle_arrivals(self) -> None:
+        over = [arrival for arrival in self.arrivals if all(copy.done for copy in arrival[0])]
+        for arrival in over:
+            self.arrivals.remove(arrival)
+            arrival[1].change(arrival[2], 0)
+
+    def _fence(self) -> None:
+        with self.changed:
+            self.here.fenced = next(self.ticks)
+
     def _move_tiles(self) -> None:
         while True:
             with self.changed:
@@ -282,6 +345,10 @@ class World:
             finish()
 
     def _multiply(self, a: Any, b: Shared, acc: Any, use_acc: bool = True, *, is_async: bool) -> Product:
+        for operand in (a, b):
+            copied = self.copied.get(operand.data.data_ptr(), 0) if isinstance(operand, Shared) else 0
+            if copied > self.here.fenced:
+                raise RuntimeError("a product reads row copies that no fence made visible")
         self.here.products.append(Product(a, b, acc, use_acc))
         return self.here.products[-1]
 
@@ -298,14 +365,23 @@ class World:
             to, place, tile = self.here.stores.pop(0)
             to.write(place, tile.data)
 
-    def _atomic_add(self, pointer: Pointer, value: int) -> Index:
+    def _atomic_add(self, pointer: Pointer, value: int, sem: str = "acq_rel") -> Index:
         with self.changed:
             before = Index(pointer.memory[pointer.offset])
             pointer.memory[pointer.offset] += value
         return before
 
+    def _load(self, pointer: Pointer, mask: Any = None, other: int = 0) -> Any:
+        if mask is None:
+            return Index(pointer.memory[pointer.offset])
+        inside = torch.as_tensor(mask).expand(pointer.offset.shape)
+        found = torch.full(pointer.offset.shape, other, dtype=pointer.memory.dtype)
+        found[inside] = pointer.memory[pointer.offset[inside]]
+        return found
+
     def _store(self, pointer: Pointer, value: Tensor, mask: Tensor) -> None:
-        pointer.memory[pointer.offset[mask]] = value[mask]
+        inside = mask.expand(value.shape)
+        pointer.memory[pointer.offset[inside]] = value[inside]
 
 
 def launch(
@@ -322,7 +398,14 @@ def launch(
         if type(value).__name__ == "constexpr":
             names[name] = value.value
         elif type(value).__name__ == "GluonJITFunction":
-            names[name] = types.FunctionType(
-                value.fn.__code__, names, name, value.fn.__defaults__, value.fn.__closure__
-            )
+            names[name] = _within(names, value.fn)
+        elif isinstance(value, types.FunctionType) and value.__globals__ is vars(module):
+            names[name] = _within(names, value)
     world.run(names[entry], arguments)
+
+
+def _within(names: dict[str, Any], function: types.FunctionType) -> types.FunctionType:
+    """The function with other globals."""
+    return types.FunctionType(
+        function.__code__, names, function.__name__, function.__defaults__, function.__closure__
+    )

@@ -5,9 +5,7 @@ keeps are concatenated: a list of token numbers without gaps, walked in full til
 be ragged. Nothing is permuted in memory: rows of q, k and v are gathered where they lie, a row of 128 or 256
 bytes at a time, and results go back to where their queries came from.
 
-Work lists are built on the device from order, offsets and map, in two small launches: row tiles (which
-cluster, where in the order), and key lists. The lists of a head take 4·Cq·N bytes, reserved in full since the
-host does not know how much a map keeps; heads take turns in ``WORKSPACE_BYTES``.
+Row tiles and key lists come from ``work_lists``, for some heads at a time.
 """
 
 from __future__ import annotations
@@ -19,90 +17,12 @@ from torch import Tensor
 
 from haste_compile.kernels.layout import Ctl
 from haste_compile.kernels.variable_block_attention.launch import Launch, choose_launch
+from haste_compile.kernels.variable_block_attention.work_lists import turns
 
 _SLOT = tl.constexpr(int(Ctl.SLOT))
 _DENSE = tl.constexpr(int(Ctl.DENSE))
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
-
-#: Bytes that the key lists may take (300 query clusters of 75,600 tokens: 91 MB a head); one head must fit.
-WORKSPACE_BYTES = 1 << 28
-#: Places of the order that ``key_lists_kernel`` looks at a time.
-LIST_TILE = 256
-
-
-@triton.jit(do_not_specialize=["first"])
-def row_tiles_kernel(
-    offsets, ctl, tiles, first, all_heads, tokens, q_clusters, k_clusters, most,
-    ROWS: tl.constexpr, CLUSTERS: tl.constexpr,
-):  # fmt: skip
-    """Grid (heads of this turn,): cut query clusters into tiles of at most ROWS tokens.
-
-    tiles: int32 [heads of the turn, most, 3]: cluster, first and last + 1 place in the order; cluster -1
-    where there is no tile. In a dense step all tokens are one cluster.
-    """
-    head = first + tl.program_id(0)
-    slot = tl.load(ctl + _SLOT).to(tl.int64)
-    dense = tl.load(ctl + _DENSE) != 0
-    cluster = tl.arange(0, CLUSTERS)
-    inside = cluster < q_clusters
-    begins = offsets + (slot * all_heads + head) * (q_clusters + k_clusters + 2) + cluster
-    begin = tl.where(dense, 0, tl.load(begins, mask=inside, other=0))
-    end = tl.where(dense, tl.where(cluster == 0, tokens, 0), tl.load(begins + 1, mask=inside, other=0))
-    count = tl.where(inside, tl.cdiv(end - begin, ROWS), 0)
-    place = tl.cumsum(count, 0) - count
-    mine = tiles + tl.program_id(0) * most * 3
-    for number in range(tl.max(count, 0)):
-        target = mine + (place + number) * 3
-        tl.store(target, cluster, mask=number < count)
-        tl.store(target + 1, begin + number * ROWS, mask=number < count)
-        tl.store(target + 2, end, mask=number < count)
-    nothing = tl.zeros([CLUSTERS], tl.int32) - 1
-    for start in range(tl.sum(count, 0), most, CLUSTERS):
-        tl.store(mine + (start + cluster) * 3, nothing, mask=start + cluster < most)
-
-
-@triton.jit(do_not_specialize=["first"])
-def key_lists_kernel(
-    order, offsets, mask, ctl, counts, lists, first, all_heads, tokens, q_clusters, k_clusters, words,
-    TILE: tl.constexpr,
-):  # fmt: skip
-    """Grid (query clusters, heads of this turn): the tokens of kept key clusters, one after the other.
-
-    counts: int32 [heads of the turn, Cq]; lists: int32 [heads of the turn, Cq, N]. In a dense step query
-    cluster 0 lists every token, and the others none.
-    """
-    row = tl.program_id(0)
-    head = first + tl.program_id(1)
-    state_head = tl.load(ctl + _SLOT).to(tl.int64) * all_heads + head
-    list_row = tl.program_id(1).to(tl.int64) * q_clusters + row
-    target = lists + list_row * tokens
-    item = tl.arange(0, TILE)
-    if tl.load(ctl + _DENSE) != 0:
-        count = tl.where(row == 0, tokens, 0)
-        for start in range(0, count, TILE):
-            tl.store(target + start + item, start + item, mask=start + item < count)
-        tl.store(counts + list_row, count)
-        return
-    begins = offsets + state_head * (q_clusters + k_clusters + 2) + q_clusters + 1
-    keys = order + (state_head * 2 + 1) * tokens
-    bit = tl.arange(0, 32)
-    count = 0
-    for word in range(words):
-        bits = tl.load(mask + (state_head * q_clusters + row) * words + word)
-        if bits != 0:
-            # Clusters of the word past the last one begin, as it were, where all ends.
-            ends = tl.load(begins + tl.minimum(word * 32 + bit + 1, k_clusters))
-            last = tl.load(begins + tl.minimum(word * 32 + 32, k_clusters))
-            for start in range(tl.load(begins + word * 32), last, TILE):
-                place = start + item
-                cluster = tl.sum((place[:, None] >= ends[None, :]).to(tl.int32), 1)
-                kept = (place < last) & (((bits >> tl.minimum(cluster, 31)) & 1) != 0)
-                rank = tl.cumsum(kept.to(tl.int32), 0)
-                token = tl.load(keys + place, mask=kept, other=0)
-                tl.store(target + count + rank - 1, token, mask=kept)
-                count += tl.sum(kept.to(tl.int32), 0)
-    tl.store(counts + list_row, count)
 
 
 @triton.jit(do_not_specialize=["first", "tokens"])
@@ -120,7 +40,7 @@ def variable_block_attention_kernel(
     Args:
         q, k, v, out: pointers to [B, H, N, D], last stride 1.
         lse: pointer to fp32 [B, H, N], contiguous.
-        order, ctl: of the state; tiles, counts, lists: what the two kernels above made.
+        order, ctl: of the state; tiles, counts, lists: what the kernels of ``work_lists`` made.
         scale: factor of q·k, > 0.
     """
     tile = tiles + (tl.program_id(1) * most + tl.program_id(0)) * 3
@@ -198,9 +118,7 @@ def attend(
         out, lse.
     """
     batch, heads, tokens, dim = q.shape
-    q_clusters, words = mask.shape[3:]
-    k_clusters = offsets.shape[3] - q_clusters - 2
-    all_heads = batch * heads
+    q_clusters = mask.shape[3]
     launch = launch or choose_launch(
         torch.cuda.get_device_capability(q.device) if q.is_cuda else (9, 0),  # interpreted: Hopper's path
         dim=dim,
@@ -209,33 +127,12 @@ def attend(
     )
     out = torch.empty_like(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    turn = heads_a_turn(all_heads, tokens, q_clusters)
-    most = tokens // launch.rows + q_clusters
-    tiles = torch.empty(turn, most, 3, dtype=torch.int32, device=q.device)
-    counts = torch.empty(turn, q_clusters, dtype=torch.int32, device=q.device)
-    lists = torch.empty(turn, q_clusters, tokens, dtype=torch.int32, device=q.device)
-    padded = max(32, triton.next_power_of_2(q_clusters))
-    for first in range(0, all_heads, turn):
-        present = min(turn, all_heads - first)
-        row_tiles_kernel[(present,)](
-            offsets, ctl, tiles, first, all_heads, tokens, q_clusters, k_clusters, most,
-            ROWS=launch.rows, CLUSTERS=padded, num_warps=4,
-        )  # fmt: skip
-        key_lists_kernel[(q_clusters, present)](
-            order, offsets, mask, ctl, counts, lists,
-            first, all_heads, tokens, q_clusters, k_clusters, words,
-            TILE=LIST_TILE, num_warps=4,
-        )  # fmt: skip
-        variable_block_attention_kernel[(most, present)](
-            q, k, v, out, lse, order, ctl, tiles, counts, lists,
+    for turn in turns(order, offsets, mask, ctl, rows=launch.rows):
+        variable_block_attention_kernel[(turn.most, turn.heads)](
+            q, k, v, out, lse, order, ctl, turn.tiles, turn.counts, turn.lists,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-            first, all_heads, heads, tokens, q_clusters, most, scale,
+            turn.first, batch * heads, heads, tokens, q_clusters, turn.most, scale,
             D=dim, ROWS=launch.rows, COLUMNS=launch.columns,
             num_warps=launch.num_warps, num_stages=launch.num_stages,
         )  # fmt: skip
     return out, lse
-
-
-def heads_a_turn(all_heads: int, tokens: int, q_clusters: int) -> int:
-    """How many heads' key lists fit in ``WORKSPACE_BYTES``."""
-    return min(all_heads, max(1, WORKSPACE_BYTES // (4 * q_clusters * tokens)))

@@ -17,6 +17,7 @@ from haste_compile.kernels.cross_compile import (  # noqa: E402
 )
 from haste_compile.kernels.kmeans import kernel as kmeans  # noqa: E402
 from haste_compile.kernels.variable_block_attention import kernel as attention  # noqa: E402
+from haste_compile.kernels.variable_block_attention import work_lists  # noqa: E402
 from haste_compile.kernels.variable_block_attention.launch import choose_launch  # noqa: E402
 
 
@@ -61,8 +62,12 @@ def attention_requests(dim: int, dtype: str, cluster: float) -> list[Request]:
             num_warps=launch.num_warps,
             num_stages=launch.num_stages,
         ),
-        Request(kernel_name(attention.row_tiles_kernel), shared, {"ROWS": launch.rows, "CLUSTERS": 512}),
-        Request(kernel_name(attention.key_lists_kernel), shared, {"TILE": attention.LIST_TILE}),
+        Request(kernel_name(work_lists.row_tiles_kernel), shared, {"ROWS": launch.rows, "CLUSTERS": 512}),
+        Request(
+            kernel_name(work_lists.key_lists_kernel),
+            shared,
+            {"CLUSTERS": 1024, "WORDS": work_lists.LIST_WORDS, "TILE": work_lists.LIST_TILE},
+        ),
     ]
 
 

@@ -1,21 +1,19 @@
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from predictor import DEVICE, control, gpu, tokens_first
+from predictor import DEVICE, control, gpu
 from torch import Tensor
+from variable_blocks import Problem
 
-from haste_compile.kernels.block_mask import pack_bits
-from haste_compile.kernels.cluster_order.reference import cluster_order
-from haste_compile.kernels.variable_block_attention import cpu, reference
+from haste_compile.kernels.variable_block_attention import cpu
 from haste_compile.kernels.variable_block_attention.launch import Launch, choose_launch
 
 pytest.importorskip("triton")
-from haste_compile.kernels.variable_block_attention import kernel  # noqa: E402
+from haste_compile.kernels.variable_block_attention import kernel, work_lists  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("nan_memory")
 
@@ -28,64 +26,6 @@ SHAPES = [
 ]
 #: bf16 on a GPU only: the interpreter's bf16 product is wrong.
 DTYPES = [torch.bfloat16, torch.float16] if DEVICE == "cuda" else [torch.float16, torch.float32]
-
-Attend = Callable[..., tuple[Tensor, Tensor]]
-
-
-class Problem:
-    """q, k, v as a graph delivers them, random clusters of very different sizes, some empty, a random map."""
-
-    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, density: float = 0.5) -> None:
-        batch, heads, tokens, dim, rows, columns = shape
-        self.q, self.k, self.v = (
-            tokens_first(batch, heads, tokens, dim, dtype, seed=seed) for seed in range(3)
-        )
-        generator = torch.Generator().manual_seed(7)
-        self.labels = [
-            (torch.rand(batch, heads, tokens, generator=generator).square() * clusters).long()
-            for clusters in (rows, columns)
-        ]
-        sorted_ = [
-            cluster_order(x.flatten(0, 1), n) for x, n in zip(self.labels, (rows, columns), strict=True)
-        ]
-        leading = (batch, heads)
-        self.order = torch.stack([order for order, _ in sorted_], 1).int().unflatten(0, leading).to(DEVICE)
-        offsets = torch.cat([offsets for _, offsets in sorted_], 1).int()
-        self.offsets = offsets.unflatten(0, leading).to(DEVICE)
-        self.map = torch.rand(batch, heads, rows, columns, generator=generator) < density
-        self.map.scatter_(3, self.labels[1][:, :, :1, None].expand(-1, -1, rows, 1), True)  # no row is empty
-
-    @property
-    def mask(self) -> Tensor:
-        return pack_bits(self.map).to(DEVICE)
-
-    @property
-    def kept(self) -> Tensor:
-        """The map token by token, bool [B, H, N, N]."""
-        rows = self.map.gather(2, self.labels[0].unsqueeze(-1).expand(-1, -1, -1, self.map.shape[3]))
-        return rows.gather(3, self.labels[1].unsqueeze(2).expand(-1, -1, self.q.shape[2], -1)).to(DEVICE)
-
-    def attend(self, name: str, *, scale: float = 0.1, **launch: Any) -> tuple[Tensor, Tensor]:
-        """By the reference, the CPU path, or the kernel with this state in the second of two slots."""
-        state = (self.order, self.offsets, self.mask)
-        if name != "kernel":
-            return {"reference": reference, "cpu": cpu}[name].attend(
-                self.q, self.k, self.v, *state, scale=scale
-            )
-        slots = [torch.stack((torch.full_like(x, 2**20), x)) for x in state]
-        ctl = control(slot=1).to(DEVICE)
-        return kernel.attend(self.q, self.k, self.v, *slots, ctl, scale=scale, **launch)
-
-    def exact(self, scale: float = 0.1) -> tuple[Tensor, Tensor]:
-        """In float64, by the definition."""
-        q, k, v = (x.double() for x in (self.q, self.k, self.v))
-        scores = (q @ k.transpose(2, 3) * scale).masked_fill(~self.kept, float("-inf"))
-        return scores.softmax(-1) @ v, scores.logsumexp(-1)
-
-    def allowed(self, exact: Tensor, scale: float = 0.1) -> float:
-        """Twice the error of SDPA in the same dtype with the mask written out."""
-        out = F.scaled_dot_product_attention(self.q, self.k, self.v, attn_mask=self.kept, scale=scale)
-        return 2 * max((out - exact).abs().max().item(), torch.finfo(self.q.dtype).eps)
 
 
 NAMES = ["reference", "kernel", *([] if DEVICE == "cuda" else ["cpu"])]
@@ -138,11 +78,12 @@ def test_tiles_of_another_size_give_the_same(launch: Launch):
 
 
 def test_heads_take_turns_in_a_small_workspace(monkeypatch: pytest.MonkeyPatch):
-    problem = Problem((2, 2, 60, 64, 2, 5), DTYPES[-1])
+    problem = Problem((1, 5, 60, 64, 2, 5), DTYPES[-1])
     at_once = problem.attend("kernel")
-    assert kernel.heads_a_turn(12, 75_600, 300) == 2  # a head's lists take 91 MB
-    monkeypatch.setattr(kernel, "WORKSPACE_BYTES", 3 * 4 * 2 * 60)
-    assert kernel.heads_a_turn(4, 60, 2) == 3
+    assert work_lists.heads_a_turn(12, 75_600, 300) == 2  # a head's lists take 91 MB
+    assert work_lists.heads_a_turn(12, 75_600, 300, 1 << 30) == 6  # eleven fit, but one would be left
+    monkeypatch.setattr(work_lists, "WORKSPACE_BYTES", 3 * 4 * 2 * 60)
+    assert work_lists.heads_a_turn(5, 60, 2) == 3
     for found, wanted in zip(problem.attend("kernel"), at_once, strict=True):
         assert torch.equal(found, wanted)
 

@@ -1,0 +1,170 @@
+"""Work lists of variable-block attention, built on the device from order, offsets and map.
+
+Row tiles say which queries go together, key lists what a query cluster keeps, token by token. The lists of a
+head take 4·Cq·N bytes, reserved in full since the host does not know how much a map keeps; heads take turns
+in ``WORKSPACE_BYTES``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from haste_compile.kernels.layout import Ctl
+
+_SLOT = tl.constexpr(int(Ctl.SLOT))
+_DENSE = tl.constexpr(int(Ctl.DENSE))
+
+#: Bytes that the key lists may take (300 query clusters of 75,600 tokens: 91 MB a head); one head must fit.
+WORKSPACE_BYTES = 1 << 28
+#: What a program of ``key_lists_kernel`` copies: words of the map, and tokens of a cluster at a time.
+LIST_WORDS, LIST_TILE = 8, 128
+
+
+@triton.jit(do_not_specialize=["first"])
+def row_tiles_kernel(
+    offsets, ctl, tiles, first, all_heads, tokens, q_clusters, k_clusters, most,
+    ROWS: tl.constexpr, CLUSTERS: tl.constexpr,
+):  # fmt: skip
+    """Grid (heads of this turn,): cut query clusters into tiles of at most ROWS tokens.
+
+    tiles: int32 [heads of the turn, most, 3]: cluster, first and last + 1 place in the order; cluster -1
+    where there is no tile. In a dense step all tokens are one cluster.
+    """
+    head = first + tl.program_id(0)
+    slot = tl.load(ctl + _SLOT).to(tl.int64)
+    dense = tl.load(ctl + _DENSE) != 0
+    cluster = tl.arange(0, CLUSTERS)
+    inside = cluster < q_clusters
+    begins = offsets + (slot * all_heads + head) * (q_clusters + k_clusters + 2) + cluster
+    begin = tl.where(dense, 0, tl.load(begins, mask=inside, other=0))
+    end = tl.where(dense, tl.where(cluster == 0, tokens, 0), tl.load(begins + 1, mask=inside, other=0))
+    count = tl.where(inside, tl.cdiv(end - begin, ROWS), 0)
+    place = tl.cumsum(count, 0) - count
+    mine = tiles + tl.program_id(0) * most * 3
+    for number in range(tl.max(count, 0)):
+        target = mine + (place + number) * 3
+        tl.store(target, cluster, mask=number < count)
+        tl.store(target + 1, begin + number * ROWS, mask=number < count)
+        tl.store(target + 2, end, mask=number < count)
+    nothing = tl.zeros([CLUSTERS], tl.int32) - 1
+    for start in range(tl.sum(count, 0), most, CLUSTERS):
+        tl.store(mine + (start + cluster) * 3, nothing, mask=start + cluster < most)
+
+
+@triton.jit(do_not_specialize=["first"])
+def key_lists_kernel(
+    order, offsets, mask, ctl, counts, lists, first, all_heads, tokens, q_clusters, k_clusters, words,
+    CLUSTERS: tl.constexpr, WORDS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Grid (query clusters, heads of this turn, words / WORDS): the tokens of kept clusters, gapless.
+
+    A program adds up the kept sizes before its share of the key clusters, so it knows where its list begins,
+    and copies 32 clusters (a word of the map) at a time, TILE tokens of each.
+
+    counts: int32 [heads of the turn, Cq]; lists: int32 [heads of the turn, Cq, N]. In a dense step query
+    cluster 0 lists every token, and the others none.
+    """
+    row = tl.program_id(0)
+    head = first + tl.program_id(1)
+    share = tl.program_id(2)
+    state_head = tl.load(ctl + _SLOT).to(tl.int64) * all_heads + head
+    list_row = tl.program_id(1).to(tl.int64) * q_clusters + row
+    target = lists + list_row * tokens
+    item = tl.arange(0, TILE)
+    if tl.load(ctl + _DENSE) != 0:
+        count = tl.where(row == 0, tokens, 0)
+        for start in range(share * TILE, count, tl.num_programs(2) * TILE):
+            tl.store(target + start + item, start + item, mask=start + item < count)
+        tl.store(counts + list_row, count, mask=share == 0)
+        return
+    begins = offsets + state_head * (q_clusters + k_clusters + 2) + q_clusters + 1
+    keys = order + (state_head * 2 + 1) * tokens
+    bits_of_row = mask + (state_head * q_clusters + row) * words
+    cluster = tl.arange(0, CLUSTERS)
+    real = cluster < k_clusters
+    bits = tl.load(bits_of_row + cluster // 32, mask=real, other=0)
+    size = tl.load(begins + cluster + 1, mask=real, other=0) - tl.load(begins + cluster, mask=real, other=0)
+    size = tl.where((bits >> cluster % 32) & 1 != 0, size, 0)
+    tl.store(counts + list_row, tl.sum(size, 0), mask=share == 0)
+    listed = tl.sum(tl.where(cluster < share * WORDS * 32, size, 0), 0)
+    for word in range(share * WORDS, min((share + 1) * WORDS, words)):
+        bit = tl.arange(0, 32)
+        cluster_of = word * 32 + bit
+        kept = (tl.load(bits_of_row + word) >> bit) & 1 != 0
+        kept = kept & (cluster_of < k_clusters)
+        begin = tl.load(begins + cluster_of, mask=kept, other=0)
+        kept_size = tl.load(begins + cluster_of + 1, mask=kept, other=0) - begin
+        place = listed + tl.cumsum(kept_size, 0) - kept_size
+        for start in range(0, tl.max(kept_size, 0), TILE):
+            inside = (start + item)[None, :] < kept_size[:, None]
+            token = tl.load(keys + (begin[:, None] + start + item[None, :]), mask=inside, other=0)
+            tl.store(target + (place[:, None] + start + item[None, :]), token, mask=inside)
+        listed += tl.sum(kept_size, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """The work of some heads.
+
+    Attributes:
+        first: number of its first head, of B·H.
+        heads: how many heads.
+        most: row tiles that a head may have.
+        tiles: int32 [>= heads, most, 3] as ``row_tiles_kernel`` has it.
+        counts: int32 [>= heads, Cq]; ``lists``: int32 [>= heads, Cq, N], as ``key_lists_kernel`` has them.
+    """
+
+    first: int
+    heads: int
+    most: int
+    tiles: Tensor
+    counts: Tensor
+    lists: Tensor
+
+
+def turns(
+    order: Tensor, offsets: Tensor, mask: Tensor, ctl: Tensor, *, rows: int, workspace: int | None = None
+) -> Iterator[Turn]:
+    """Build the work lists of a few heads, again and again in the same memory, until all had their turn.
+
+    Args:
+        order: int32 [S, B, H, 2, N]; ``offsets``: int32 [S, B, H, Cq + Ck + 2].
+        mask: int32 [S, B, H, Cq, ceil(Ck / 32)]; ``ctl``: int32 [8].
+        rows: tokens of a row tile.
+        workspace: bytes that the key lists may take; None: ``WORKSPACE_BYTES``.
+    """
+    batch, heads, _, tokens = order.shape[1:]
+    q_clusters, words = mask.shape[3:]
+    k_clusters = offsets.shape[3] - q_clusters - 2
+    all_heads = batch * heads
+    turn = heads_a_turn(all_heads, tokens, q_clusters, workspace)
+    most = tokens // rows + q_clusters
+    tiles = torch.empty(turn, most, 3, dtype=torch.int32, device=order.device)
+    counts = torch.empty(turn, q_clusters, dtype=torch.int32, device=order.device)
+    lists = torch.empty(turn, q_clusters, tokens, dtype=torch.int32, device=order.device)
+    padded, k_padded = (max(32, triton.next_power_of_2(n)) for n in (q_clusters, k_clusters))
+    for first in range(0, all_heads, turn):
+        present = min(turn, all_heads - first)
+        row_tiles_kernel[(present,)](
+            offsets, ctl, tiles, first, all_heads, tokens, q_clusters, k_clusters, most,
+            ROWS=rows, CLUSTERS=padded, num_warps=4,
+        )  # fmt: skip
+        key_lists_kernel[(q_clusters, present, triton.cdiv(words, LIST_WORDS))](
+            order, offsets, mask, ctl, counts, lists,
+            first, all_heads, tokens, q_clusters, k_clusters, words,
+            CLUSTERS=k_padded, WORDS=LIST_WORDS, TILE=LIST_TILE, num_warps=4,
+        )  # fmt: skip
+        yield Turn(first, present, most, tiles, counts, lists)
+
+
+def heads_a_turn(all_heads: int, tokens: int, q_clusters: int, workspace: int | None = None) -> int:
+    """Heads whose key lists fit in the workspace, or fewer where that takes no more turns."""
+    workspace = WORKSPACE_BYTES if workspace is None else workspace
+    fitting = max(1, workspace // (4 * q_clusters * tokens))
+    return -(-all_heads // -(-all_heads // fitting))
