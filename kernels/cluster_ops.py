@@ -236,7 +236,6 @@ def _rebuild_cpu(site: _Site, rule: _Rule, slot: int, b: Tensor, h: Tensor, *, f
 def _refresh_cuda(*tensors: Tensor, **options: Any) -> None:
     site, rule = _checked(tensors, options)
     from haste_compile.kernels.cluster_map import kernel as cluster_map
-    from haste_compile.kernels.cluster_order import kernel as cluster_order
     from haste_compile.kernels.drift_gate import kernel as drift_gate
     from haste_compile.kernels.kmeans import kernel as kmeans
     from haste_compile.kernels.token_means import kernel as token_means
@@ -247,12 +246,11 @@ def _refresh_cuda(*tensors: Tensor, **options: Any) -> None:
         flags = drift_gate.decide_(
             means, site.delta, ctl, site.anchors, counters, tokens=q.shape[2], **rule.gate()
         )
-        labels = kmeans.cluster_(
+        kmeans.cluster_(
             q, k, flags, ctl, counters, site.centroids,
             q_clusters=site.q_clusters, first_iterations=rule.first_iterations, iterations=rule.iterations,
-            tolerance=rule.tolerance,
+            tolerance=rule.tolerance, order=site.order, offsets=site.offsets,
         )  # fmt: skip
-        cluster_order.sort_(labels, flags, ctl, site.order, site.offsets, q_clusters=site.q_clusters)
         cluster_map.select_(
             site.centroids, site.offsets, site.top_p, flags, ctl, site.mask, counters,
             scale=rule.scale, least=rule.least(site.k_clusters),

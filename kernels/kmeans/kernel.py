@@ -1,12 +1,19 @@
-"""K-means of queries and keys, Triton: two launches an iteration, for all heads and both sides at once.
+"""K-means of queries and keys, Triton: one launch for all iterations, all heads and both sides.
 
-``assign`` streams the centroids past a tile of tokens and keeps a running minimum; ``update`` gives a tile of
-centroids to one program, which multiplies a 0/1 matrix of members with all tokens on the tensor cores. So a
-sum has one owner and one order: no atomics on values, no partial sums to combine, equal bits on every run.
+Whether a step is the first of a video, which heads rebuild at all, and whether centroids still move stands on
+the device, and the host never reads it. So the loop over iterations runs on the device too: as many programs
+as the device holds at once share the work of a phase, meet, and go on to the next one. Where no head rebuilds
+they leave before they ever meet. The phases of an iteration:
 
-All iterations that a first step may need are launched at every call, since whether it is one stands on the
-device. Programs that have nothing to do (the head reuses its map, it has done its iterations, or none of its
-centroids moves any more) leave at once; nothing waits for another program.
+* ``assign`` streams the centroids past tiles of tokens and keeps a running minimum. It also counts how many
+  tokens of its chunk go to each *bucket*, some centroids that lie side by side.
+* ``scan`` and ``place`` put the tokens into the order of their buckets, stably.
+* ``update`` gives a bucket to one program, which multiplies a 0/1 matrix of members with the bucket's tokens.
+
+So a sum has one owner and one order, that of the tokens: no atomics on values, no partial sums to combine,
+equal bits on every run and with any number of programs. Without ``place`` every bucket would have to be
+multiplied with all tokens, as much work as ``assign`` does. After the last iteration ``sort`` puts each
+bucket's tokens into the order of their clusters.
 """
 
 from __future__ import annotations
@@ -30,16 +37,19 @@ class Tiles:
     """Launch configuration.
 
     Attributes:
-        tokens, centroids: tile of ``assign``; one of its programs takes ``turns`` tiles of tokens in turn.
-        members, owned: tile of ``update``: tokens a step, and centroids a program.
-        num_warps, num_stages: of both kernels.
+        tokens, centroids: tile of ``assign``; ``turns`` tiles of tokens, one after the other, are a chunk.
+        owned: centroids of a bucket; ``members``: tokens that ``update`` multiplies at a time.
+        chunks: whose counts ``scan`` reads at a time; ``dealt``: tokens that ``place`` and ``sort`` read.
+        num_warps, num_stages: of the kernel.
     """
 
     tokens: int
     centroids: int
     turns: int
-    members: int
     owned: int
+    members: int
+    chunks: int
+    dealt: int
     num_warps: int
     num_stages: int
 
@@ -47,185 +57,315 @@ class Tiles:
 def choose_tiles(capability: int, element_size: int) -> Tiles:
     """Tiles for a compute capability (90 for sm_90) and element size; four-byte elements are for tests."""
     if element_size > 2:
-        return Tiles(64, 32, 2, 32, 32, num_warps=4, num_stages=1)
-    stages = 3 if capability == 90 else 2
-    return Tiles(128, 64, 4, 64, 128, num_warps=8, num_stages=stages)
+        return Tiles(64, 32, 2, 32, 32, 2, 64, num_warps=4, num_stages=1)
+    if capability == 90:
+        return Tiles(128, 64, 4, 32, 64, 64, 256, num_warps=8, num_stages=3)
+    return Tiles(64, 64, 8, 32, 64, 32, 128, num_warps=8, num_stages=2)
 
 
 @triton.jit
-def begin_kernel(
-    q, k, flags, ctl, counters, centroids, rounded, norms,
-    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
-    heads, tokens, q_clusters, k_clusters,
-    D: tl.constexpr, OWNED: tl.constexpr,
-):  # fmt: skip
-    """Grid (tiles of centroids, B·H): where the iterations start, also rounded to the tokens' dtype."""
-    head = tl.program_id(1).to(tl.int64)
-    if tl.load(flags + head) == 0:
-        return
-    state_head = tl.load(ctl + _SLOT).to(tl.int64) * tl.num_programs(1) + head
-    first = tl.load(counters + state_head * _COLUMNS + _REFRESHES) == 1
-    clusters = q_clusters + k_clusters
-    cluster = tl.program_id(0) * OWNED + tl.arange(0, OWNED)
-    feature = tl.arange(0, D)
-    of_keys = cluster >= q_clusters
-    side = tl.where(of_keys, k_clusters, q_clusters)
-    place = (2 * (cluster - tl.where(of_keys, q_clusters, 0)) + 1).to(tl.int64) * tokens // (2 * side)
-    base_q = q + (head // heads) * stride_qb + (head % heads) * stride_qh
-    base_k = k + (head // heads) * stride_kb + (head % heads) * stride_kh
-    in_q, in_k = first & (of_keys == 0), first & of_keys & (cluster < clusters)
-    start = tl.load(base_q + place[:, None] * stride_qn + feature[None, :], mask=in_q[:, None], other=0.0)
-    start += tl.load(base_k + place[:, None] * stride_kn + feature[None, :], mask=in_k[:, None], other=0.0)
-    inside = (cluster < clusters)[:, None]
-    kept = centroids + (state_head * clusters + cluster)[:, None] * D + feature[None, :]
-    value = tl.where(first, start.to(tl.float32), tl.load(kept, mask=inside, other=0.0))
-    tl.store(kept, value, mask=inside)
-    _store_rounded(value, head * clusters + cluster, cluster < clusters, rounded, norms, D)
+def _meet(progress, meeting):
+    """Meeting number ``meeting`` (from 1) of all programs: what any wrote before it, all read after it."""
+    tl.debug_barrier()  # one thread speaks for its program, when all of its threads have stored
+    tl.atomic_add(progress, 1, sem="release", scope="gpu")
+    while tl.atomic_add(progress, 0, sem="acquire", scope="gpu") < meeting * tl.num_programs(0):
+        pass
+    tl.debug_barrier()
 
 
 @triton.jit
-def _store_rounded(value, row, inside, rounded, norms, D: tl.constexpr):
+def _locate(item, ends, rows):
+    """The head of an item of work, whether it is of keys, and which one of that side's it is.
+
+    ``ends`` [SIDES]: how many items there are up to a side, with it; keys of all heads, then queries.
+    """
+    before = ends <= item
+    side = tl.sum(before.to(tl.int32), 0)
+    of_keys = side < rows
+    head = tl.where(of_keys, side, side - rows).to(tl.int64)
+    return head, of_keys, item - tl.max(tl.where(before, ends, 0), 0)
+
+
+@triton.jit
+def _tokens_of(q, k, head, of_keys, heads, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn):
+    """First token of a side, and the stride of its tokens."""
+    batch, head = head // heads, head % heads
+    x = tl.where(of_keys, k + batch * stride_kb + head * stride_kh, q + batch * stride_qb + head * stride_qh)
+    return x, tl.where(of_keys, stride_kn, stride_qn)
+
+
+@triton.jit
+def _store_rounded(value, cluster, inside, rounded, norms, D: tl.constexpr):
     """Centroids as the product takes them, and the norms of just these values."""
     low = value.to(rounded.dtype.element_ty)
-    tl.store(rounded + row[:, None] * D + tl.arange(0, D)[None, :], low, mask=inside[:, None])
+    tl.store(rounded + cluster[:, None] * D + tl.arange(0, D)[None, :], low, mask=inside[:, None])
     wide = low.to(tl.float32)
-    tl.store(norms + row, tl.sum(wide * wide, 1), mask=inside)
+    tl.store(norms + cluster, tl.sum(wide * wide, 1), mask=inside)
 
 
 @triton.jit
-def _is_active(flags, ctl, counters, shifts, head, of_keys, iteration, first_iterations, iterations, limit):
-    """Whether a side of a head takes part in this iteration."""
-    active = tl.load(flags + head) != 0
-    if active:
-        state_head = tl.load(ctl + _SLOT).to(tl.int64) * tl.num_programs(1) + head
-        first = tl.load(counters + state_head * _COLUMNS + _REFRESHES) == 1
-        active = iteration < tl.where(first, first_iterations, iterations)
-    if active & (iteration > 0):
-        previous = ((iteration - 1) * tl.num_programs(1) + head) * 2 + of_keys
-        active = tl.load(shifts + previous).to(tl.float32, bitcast=True) > limit
-    return active
+def _begin(x, stride_n, first, kept, rounded, norms, cluster, tokens, clusters, D: tl.constexpr):
+    """Where the iterations start, for the centroids ``cluster``: at tokens, or where they ended last time."""
+    feature = tl.arange(0, D)
+    inside = (cluster < clusters)[:, None]
+    place = (2 * cluster + 1).to(tl.int64) * tokens // (2 * clusters)
+    start = tl.load(x + place[:, None] * stride_n + feature[None, :], mask=inside & first, other=0.0)
+    old = kept + cluster[:, None] * D + feature[None, :]
+    value = tl.where(first, start.to(tl.float32), tl.load(old, mask=inside, other=0.0))
+    tl.store(old, value, mask=inside)
+    _store_rounded(value, cluster, cluster < clusters, rounded, norms, D)
 
 
 @triton.jit
-def _assign_tiles(
-    x, stride_n, rounded, norms, labels, tokens, clusters,
-    D: tl.constexpr, TOKENS: tl.constexpr, CENTROIDS: tl.constexpr, TURNS: tl.constexpr,
-):  # fmt: skip
+def _nearest(x, stride_n, rounded, norms, row, tokens, clusters, D: tl.constexpr, CENTROIDS: tl.constexpr):
+    """Labels of the tokens ``row``."""
     feature = tl.arange(0, D)
     column = tl.arange(0, CENTROIDS)
-    first = tl.program_id(0) * TURNS * TOKENS
-    for start in range(first, tl.minimum(first + TURNS * TOKENS, tokens), TOKENS):
-        row = start + tl.arange(0, TOKENS)
-        pointers = x + row.to(tl.int64)[:, None] * stride_n + feature[None, :]
-        token = tl.load(pointers, mask=(row < tokens)[:, None], other=0.0)
-        best = tl.full([TOKENS, CENTROIDS], float("inf"), tl.float32)
-        nearest = tl.zeros([TOKENS, CENTROIDS], tl.int32)
-        for tile in range(0, clusters, CENTROIDS):
-            cluster = tile + column
-            inside = cluster < clusters
-            centroid = tl.load(
-                rounded + cluster[:, None] * D + feature[None, :], mask=inside[:, None], other=0.0
-            )
-            norm = tl.load(norms + cluster, mask=inside, other=float("inf"))
-            product = tl.dot(token, tl.trans(centroid), input_precision="ieee")
-            distance = norm[None, :] - 2.0 * product
-            better = distance < best  # false for NaN, and for an equal one further on
-            best = tl.where(better, distance, best)
-            nearest = tl.where(better, tile, nearest)
-        lowest = tl.min(best, 1)
-        candidate = tl.where(best == lowest[:, None], nearest + column[None, :], 2147483647)
-        tl.store(labels + row, tl.min(candidate, 1), mask=row < tokens)
+    pointers = x + row.to(tl.int64)[:, None] * stride_n + feature[None, :]
+    token = tl.load(pointers, mask=(row < tokens)[:, None], other=0.0)
+    best = tl.full([row.shape[0], CENTROIDS], float("inf"), tl.float32)
+    nearest = tl.zeros([row.shape[0], CENTROIDS], tl.int32)
+    for tile in range(0, clusters, CENTROIDS):
+        cluster = tile + column
+        inside = cluster < clusters
+        centroid = tl.load(rounded + cluster[:, None] * D + feature[None, :], mask=inside[:, None], other=0.0)
+        norm = tl.load(norms + cluster, mask=inside, other=float("inf"))
+        product = tl.dot(token, tl.trans(centroid), input_precision="ieee")
+        distance = norm[None, :] - 2.0 * product
+        better = distance < best  # false for NaN, and for an equal one further on
+        best = tl.where(better, distance, best)
+        nearest = tl.where(better, tile, nearest)
+    lowest = tl.min(best, 1)
+    return tl.min(tl.where(best == lowest[:, None], nearest + column[None, :], 2147483647), 1)
 
 
-@triton.jit(do_not_specialize=["iteration", "first_iterations", "iterations"])
-def assign_kernel(
-    q, k, flags, ctl, counters, shifts, rounded, norms, labels,
-    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
-    heads, tokens, q_clusters, k_clusters, iteration, first_iterations, iterations, limit,
+@triton.jit
+def _assign(
+    x, stride_n, rounded, norms, labels, table, chunk, tokens, clusters,
     D: tl.constexpr, TOKENS: tl.constexpr, CENTROIDS: tl.constexpr, TURNS: tl.constexpr,
+    OWNED: tl.constexpr, BUCKETS: tl.constexpr,
 ):  # fmt: skip
-    """Grid (groups of token tiles, B·H, 2): nearest centroids of queries (z = 0) and keys (z = 1)."""
-    head = tl.program_id(1).to(tl.int64)
-    of_keys = tl.program_id(2)
-    if (
-        _is_active(
-            flags, ctl, counters, shifts, head, of_keys, iteration, first_iterations, iterations, limit
-        )
-        == 0
-    ):
-        return
-    row = head * (q_clusters + k_clusters) + of_keys * q_clusters
-    of_side = labels + (head * 2 + of_keys) * tokens
-    if of_keys == 0:
-        base = q + (head // heads) * stride_qb + (head % heads) * stride_qh
-        _assign_tiles(
-            base, stride_qn, rounded + row * D, norms + row, of_side, tokens, q_clusters,
-            D, TOKENS, CENTROIDS, TURNS,
-        )  # fmt: skip
-    else:
-        base = k + (head // heads) * stride_kb + (head % heads) * stride_kh
-        _assign_tiles(
-            base, stride_kn, rounded + row * D, norms + row, of_side, tokens, k_clusters,
-            D, TOKENS, CENTROIDS, TURNS,
-        )  # fmt: skip
+    """Labels of a chunk's tokens, and its row of the table: how many go to each bucket."""
+    bucket = tl.arange(0, BUCKETS)
+    count = tl.zeros([BUCKETS], tl.int32)
+    for turn in range(TURNS):
+        row = (chunk * TURNS + turn) * TOKENS + tl.arange(0, TOKENS)
+        label = _nearest(x, stride_n, rounded, norms, row, tokens, clusters, D, CENTROIDS)
+        tl.store(labels + row, label, mask=row < tokens)
+        of_bucket = tl.where(row < tokens, label // OWNED, BUCKETS)
+        count += tl.sum((of_bucket[:, None] == bucket[None, :]).to(tl.int32), 0)
+    tl.store(table + chunk * BUCKETS + bucket, count)
+
+
+@triton.jit
+def _scan(table, chunks, BUCKETS: tl.constexpr, CHUNKS: tl.constexpr):
+    """A side's counts become, in place, where the tokens of a chunk begin that go to a bucket."""
+    bucket = tl.arange(0, BUCKETS)
+    size = tl.zeros([BUCKETS], tl.int32)
+    for start in range(0, chunks, CHUNKS):
+        chunk = start + tl.arange(0, CHUNKS)
+        pointers = table + chunk[:, None] * BUCKETS + bucket[None, :]
+        size += tl.sum(tl.load(pointers, mask=(chunk < chunks)[:, None], other=0), 0)
+    begin = tl.cumsum(size, 0) - size
+    for start in range(0, chunks, CHUNKS):
+        chunk = start + tl.arange(0, CHUNKS)
+        pointers = table + chunk[:, None] * BUCKETS + bucket[None, :]
+        count = tl.load(pointers, mask=(chunk < chunks)[:, None], other=0)
+        tl.store(pointers, begin[None, :] + tl.cumsum(count, 0) - count, mask=(chunk < chunks)[:, None])
+        begin += tl.sum(count, 0)
+
+
+@triton.jit
+def _deal(which, begin, KINDS: tl.constexpr):
+    """Where tokens go that are dealt, in turn, to the piles ``which``; ``begin``: a pile's next place.
+
+    Returns the places, and the next ones after them. A token of no pile gets place 0.
+    """
+    goes = (which[:, None] == tl.arange(0, KINDS)[None, :]).to(tl.int32)
+    places = begin[None, :] + tl.cumsum(goes, 0) - 1
+    return tl.sum(goes * places, 1), begin + tl.sum(goes, 0)
+
+
+@triton.jit
+def _place(
+    labels, table, placed, chunk, tokens,
+    CHUNK: tl.constexpr, DEALT: tl.constexpr, OWNED: tl.constexpr, BUCKETS: tl.constexpr,
+):  # fmt: skip
+    """Put a chunk's tokens where their buckets say: token·OWNED + which of the bucket's centroids."""
+    begin = tl.load(table + chunk * BUCKETS + tl.arange(0, BUCKETS))
+    for start in range(0, CHUNK, DEALT):
+        row = chunk * CHUNK + start + tl.arange(0, DEALT)
+        label = tl.load(labels + row, mask=row < tokens, other=BUCKETS * OWNED)
+        place, begin = _deal(label // OWNED, begin, BUCKETS)
+        tl.store(placed + place, row * OWNED + label % OWNED, mask=row < tokens)
+
+
+@triton.jit
+def _bucket_of(table, bucket, tokens, BUCKETS: tl.constexpr):
+    """Where the tokens of a bucket begin and end: those of the first chunk, and of the next bucket, begin."""
+    return tl.load(table + bucket), tl.load(table + bucket + 1, mask=bucket + 1 < BUCKETS, other=tokens)
 
 
 @triton.jit
 def _sum_members(
-    x, stride_n, labels, cluster, tokens, D: tl.constexpr, MEMBERS: tl.constexpr, OWNED: tl.constexpr
+    x, stride_n, placed, begin, end, D: tl.constexpr, MEMBERS: tl.constexpr, OWNED: tl.constexpr
 ):
-    """Sums [OWNED, D] and numbers [OWNED] of the tokens that carry the labels ``cluster``."""
+    """Sums [OWNED, D] and sizes [OWNED] of a bucket's clusters, whose tokens are ``begin`` to ``end``."""
+    owned = tl.arange(0, OWNED)
     total = tl.zeros([OWNED, D], tl.float32)
     hits = tl.zeros([OWNED, MEMBERS], tl.int32)
-    for start in range(0, tokens, MEMBERS):
-        row = start + tl.arange(0, MEMBERS)
-        pointers = x + row.to(tl.int64)[:, None] * stride_n + tl.arange(0, D)[None, :]
-        token = tl.load(pointers, mask=(row < tokens)[:, None], other=0.0)
-        label = tl.load(labels + row, mask=row < tokens, other=-1)
-        member = label[None, :] == cluster[:, None]
+    for start in range(begin, end, MEMBERS):
+        place = start + tl.arange(0, MEMBERS)
+        entry = tl.load(placed + place, mask=place < end, other=0)
+        pointers = x + (entry // OWNED).to(tl.int64)[:, None] * stride_n + tl.arange(0, D)[None, :]
+        token = tl.load(pointers, mask=(place < end)[:, None], other=0.0)
+        which = tl.where(place < end, entry % OWNED, OWNED)
+        member = which[None, :] == owned[:, None]
         hits += member.to(tl.int32)
         total = tl.dot(member.to(token.dtype), token, total, input_precision="ieee")
     return total, tl.sum(hits, 1)
 
 
-@triton.jit(do_not_specialize=["iteration", "first_iterations", "iterations"])
-def update_kernel(
-    q, k, flags, ctl, counters, shifts, centroids, rounded, norms, labels,
-    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
-    heads, tokens, q_clusters, k_clusters, q_tiles, iteration, first_iterations, iterations, limit,
-    D: tl.constexpr, MEMBERS: tl.constexpr, OWNED: tl.constexpr,
-):  # fmt: skip
-    """Grid (tiles of query centroids, then of key centroids; B·H): the mean of every cluster's tokens."""
-    head = tl.program_id(1).to(tl.int64)
-    of_keys = (tl.program_id(0) >= q_tiles).to(tl.int32)
-    if (
-        _is_active(
-            flags, ctl, counters, shifts, head, of_keys, iteration, first_iterations, iterations, limit
-        )
-        == 0
-    ):
-        return
-    of_side = labels + (head * 2 + of_keys) * tokens
-    cluster = (tl.program_id(0) - of_keys * q_tiles) * OWNED + tl.arange(0, OWNED)
-    if of_keys == 0:
-        base = q + (head // heads) * stride_qb + (head % heads) * stride_qh
-        total, size = _sum_members(base, stride_qn, of_side, cluster, tokens, D, MEMBERS, OWNED)
-    else:
-        base = k + (head // heads) * stride_kb + (head % heads) * stride_kh
-        total, size = _sum_members(base, stride_kn, of_side, cluster, tokens, D, MEMBERS, OWNED)
-    has_mean = size > 0  # else all stays as it is
-    state_head = tl.load(ctl + _SLOT).to(tl.int64) * tl.num_programs(1) + head
-    row = state_head * (q_clusters + k_clusters) + of_keys * q_clusters + cluster
-    kept = centroids + row[:, None] * D + tl.arange(0, D)[None, :]
+@triton.jit
+def _sort(placed, order, begin, end, next_place, DEALT: tl.constexpr, OWNED: tl.constexpr):
+    """A bucket's tokens by cluster, stably."""
+    for start in range(begin, end, DEALT):
+        row = start + tl.arange(0, DEALT)
+        entry = tl.load(placed + row, mask=row < end, other=0)
+        which = tl.where(row < end, entry % OWNED, OWNED)
+        place, next_place = _deal(which, next_place, OWNED)
+        tl.store(order + place, entry // OWNED, mask=row < end)
+
+
+@triton.jit
+def _move(total, size, cluster, kept, rounded, norms, shift, D: tl.constexpr):
+    """Centroids go to the means of their tokens; those of empty clusters stay as they are."""
+    has_mean = size > 0
+    old = kept + cluster[:, None] * D + tl.arange(0, D)[None, :]
     mean = total * (1.0 / tl.maximum(size, 1).to(tl.float32))[:, None]
-    step = tl.where(has_mean[:, None], mean - tl.load(kept, mask=has_mean[:, None], other=0.0), 0.0)
+    step = tl.where(has_mean[:, None], mean - tl.load(old, mask=has_mean[:, None], other=0.0), 0.0)
     # The largest of non-negative numbers, as integers: whoever comes first, the result is the same.
     moved = tl.max(tl.sum(step * step, 1), 0)
-    shift = shifts + (iteration * tl.num_programs(1) + head) * 2 + of_keys
     tl.atomic_max(shift, moved.to(tl.int32, bitcast=True), sem="relaxed")
-    tl.store(kept, mean, mask=has_mean[:, None])
-    row = head * (q_clusters + k_clusters) + of_keys * q_clusters + cluster
-    _store_rounded(mean, row, has_mean, rounded, norms, D)
+    tl.store(old, mean, mask=has_mean[:, None])
+    _store_rounded(mean, cluster, has_mean, rounded, norms, D)
+
+
+@triton.jit(do_not_specialize=["first_iterations", "iterations"])
+def cluster_kernel(
+    q, k, flags, ctl, counters, progress, centroids, rounded, norms, labels, table, placed, sizes,
+    order, offsets, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
+    heads, rows, tokens, chunks, q_clusters, k_clusters, first_iterations, iterations, limit,
+    D: tl.constexpr, SIDES: tl.constexpr, TOKENS: tl.constexpr, CENTROIDS: tl.constexpr,
+    TURNS: tl.constexpr, OWNED: tl.constexpr, BUCKETS: tl.constexpr, MEMBERS: tl.constexpr,
+    CHUNKS: tl.constexpr, DEALT: tl.constexpr,
+):  # fmt: skip
+    """Grid: any number of programs that are all on the device at once.
+
+    ``progress``, zeros: how many programs came to meetings so far, then the largest step of a centroid,
+    squared, [iterations, B·H, 2] as the bits of fp32. Every program finds for itself which sides (queries or
+    keys of a head) have work, from what all wrote before a meeting, so all come to the same meetings.
+    """
+    clusters = q_clusters + k_clusters
+    number = tl.arange(0, SIDES)
+    inside = number < 2 * rows
+    row = number % rows
+    keys = number < rows  # they take longer to assign, so they come first
+    slot = tl.load(ctl + _SLOT).to(tl.int64)
+    rebuilds = tl.load(flags + row, mask=inside, other=0) != 0
+    refreshes = tl.load(counters + (slot * rows + row) * _COLUMNS + _REFRESHES, mask=inside, other=0)
+    until = tl.where(refreshes == 1, first_iterations, iterations)
+    buckets = tl.cdiv(tl.where(keys, k_clusters, q_clusters), OWNED)
+
+    ends = tl.cumsum(tl.where(rebuilds, buckets, 0), 0)
+    for item in range(tl.program_id(0), tl.max(ends, 0), tl.num_programs(0)):
+        head, of_keys, bucket = _locate(item, ends, rows)
+        x, stride_n = _tokens_of(
+            q, k, head, of_keys, heads,
+            stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
+        )  # fmt: skip
+        first = tl.load(counters + (slot * rows + head) * _COLUMNS + _REFRESHES) == 1
+        place = head * clusters + tl.where(of_keys, q_clusters, 0)
+        kept = centroids + (slot * rows * clusters + place) * D
+        cluster = bucket * OWNED + tl.arange(0, OWNED)
+        of_side = tl.where(of_keys, k_clusters, q_clusters)
+        _begin(x, stride_n, first, kept, rounded + place * D, norms + place, cluster, tokens, of_side, D)
+
+    active = rebuilds
+    iteration = 0
+    if tl.max(active.to(tl.int32), 0) > 0:
+        _meet(progress, 1)
+    while tl.max(active.to(tl.int32), 0) > 0:
+        ends = tl.cumsum(tl.where(active, chunks, 0), 0)
+        for item in range(tl.program_id(0), tl.max(ends, 0), tl.num_programs(0)):
+            head, of_keys, chunk = _locate(item, ends, rows)
+            x, stride_n = _tokens_of(
+                q, k, head, of_keys, heads,
+                stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
+            )  # fmt: skip
+            side = head * 2 + of_keys
+            place = head * clusters + tl.where(of_keys, q_clusters, 0)
+            of_side = tl.where(of_keys, k_clusters, q_clusters)
+            _assign(
+                x, stride_n, rounded + place * D, norms + place, labels + side * tokens,
+                table + side * chunks * BUCKETS, chunk, tokens, of_side,
+                D, TOKENS, CENTROIDS, TURNS, OWNED, BUCKETS,
+            )  # fmt: skip
+        _meet(progress, 4 * iteration + 2)
+
+        side_ends = tl.cumsum(active.to(tl.int32), 0)
+        for item in range(tl.program_id(0), tl.max(side_ends, 0), tl.num_programs(0)):
+            head, of_keys, _ = _locate(item, side_ends, rows)
+            _scan(table + (head * 2 + of_keys) * chunks * BUCKETS, chunks, BUCKETS, CHUNKS)
+        _meet(progress, 4 * iteration + 3)
+
+        for item in range(tl.program_id(0), tl.max(ends, 0), tl.num_programs(0)):
+            head, of_keys, chunk = _locate(item, ends, rows)
+            side = head * 2 + of_keys
+            _place(
+                labels + side * tokens, table + side * chunks * BUCKETS, placed + side * tokens,
+                chunk, tokens, TOKENS * TURNS, DEALT, OWNED, BUCKETS,
+            )  # fmt: skip
+        _meet(progress, 4 * iteration + 4)
+
+        shifts = progress + 1 + iteration * 2 * rows
+        ends = tl.cumsum(tl.where(active, buckets, 0), 0)
+        for item in range(tl.program_id(0), tl.max(ends, 0), tl.num_programs(0)):
+            head, of_keys, bucket = _locate(item, ends, rows)
+            x, stride_n = _tokens_of(
+                q, k, head, of_keys, heads,
+                stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
+            )  # fmt: skip
+            side = head * 2 + of_keys
+            place = head * clusters + tl.where(of_keys, q_clusters, 0)
+            kept = centroids + (slot * rows * clusters + place) * D
+            begin, end = _bucket_of(table + side * chunks * BUCKETS, bucket, tokens, BUCKETS)
+            total, size = _sum_members(x, stride_n, placed + side * tokens, begin, end, D, MEMBERS, OWNED)
+            cluster = bucket * OWNED + tl.arange(0, OWNED)
+            tl.store(sizes + place + cluster, size, mask=cluster < tl.where(of_keys, k_clusters, q_clusters))
+            _move(total, size, cluster, kept, rounded + place * D, norms + place, shifts + side, D)
+        _meet(progress, 4 * iteration + 5)
+
+        moved = tl.load(shifts + 2 * row + keys, mask=inside, other=0).to(tl.float32, bitcast=True)
+        iteration += 1
+        active = active & (iteration < until) & (moved > limit)
+
+    if order is not None:
+        ends = tl.cumsum(tl.where(rebuilds, buckets, 0), 0)
+        for item in range(tl.program_id(0), tl.max(ends, 0), tl.num_programs(0)):
+            head, of_keys, bucket = _locate(item, ends, rows)
+            side = head * 2 + of_keys
+            begin, end = _bucket_of(table + side * chunks * BUCKETS, bucket, tokens, BUCKETS)
+            cluster = bucket * OWNED + tl.arange(0, OWNED)
+            of_side = tl.where(of_keys, k_clusters, q_clusters)
+            place = head * clusters + tl.where(of_keys, q_clusters, 0)
+            size = tl.load(sizes + place + cluster, mask=cluster < of_side, other=0)
+            next_place = begin + tl.cumsum(size, 0) - size
+            to = offsets + (slot * rows + head) * (clusters + 2) + tl.where(of_keys, q_clusters + 1, 0)
+            tl.store(to + cluster, next_place, mask=cluster < of_side)
+            tl.store(to + of_side, tokens, mask=bucket == 0)
+            to = order + (slot * rows * 2 + side) * tokens
+            _sort(placed + side * tokens, to, begin, end, next_place, DEALT, OWNED)
 
 
 def cluster_(
@@ -240,8 +380,13 @@ def cluster_(
     first_iterations: int,
     iterations: int,
     tolerance: float,
+    order: Tensor | None = None,
+    offsets: Tensor | None = None,
 ) -> Tensor:
     """Cluster the heads that rebuild, moving their centroids in place; the reference is ``kmeans``.
+
+    The last iteration has brought the tokens almost into the order of their clusters. Where ``order`` and
+    ``offsets`` are given they get what ``cluster_order`` would make of the labels.
 
     Args:
         q, k: [B, H, N, D], last stride 1, D a power of two.
@@ -251,6 +396,7 @@ def cluster_(
         q_clusters: how many are of queries.
         first_iterations, iterations: at the first rebuild of a video, and at every other.
         tolerance: see the reference.
+        order: int32 [S, B, H, 2, N], contiguous, or nothing; ``offsets``: int32 [S, B, H, C + 2], with it.
 
     Returns:
         labels, int32 [B, H, 2, N]; unspecified where the flag is 0.
@@ -261,27 +407,41 @@ def cluster_(
     rows = batch * heads
     rounded = torch.empty(rows, clusters, dim, dtype=q.dtype, device=q.device)
     norms = torch.empty(rows, clusters, dtype=torch.float32, device=q.device)
+    sizes = torch.empty(rows, clusters, dtype=torch.int32, device=q.device)
     labels = torch.empty(batch, heads, 2, tokens, dtype=torch.int32, device=q.device)
-    shifts = torch.zeros(max(first_iterations, iterations), rows, 2, dtype=torch.int32, device=q.device)
-    sizes = (*q.stride()[:3], *k.stride()[:3], heads, tokens, q_clusters, clusters - q_clusters)
-    launch = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
-    begin_kernel[(triton.cdiv(clusters, 32), rows)](
-        q, k, flags, ctl, counters, centroids, rounded, norms, *sizes, D=dim, OWNED=32, num_warps=4
+    progress = torch.zeros(
+        1 + max(first_iterations, iterations) * rows * 2, dtype=torch.int32, device=q.device
     )
-    q_tiles = triton.cdiv(q_clusters, tiles.owned)
-    k_tiles = triton.cdiv(clusters - q_clusters, tiles.owned)
-    for iteration in range(max(first_iterations, iterations)):
-        assign_kernel[(triton.cdiv(tokens, tiles.tokens * tiles.turns), rows, 2)](
-            q, k, flags, ctl, counters, shifts, rounded, norms, labels,
-            *sizes, iteration, first_iterations, iterations, tolerance**2,
-            D=dim, TOKENS=tiles.tokens, CENTROIDS=tiles.centroids, TURNS=tiles.turns, **launch,
-        )  # fmt: skip
-        update_kernel[(q_tiles + k_tiles, rows)](
-            q, k, flags, ctl, counters, shifts, centroids, rounded, norms, labels,
-            *sizes, q_tiles, iteration, first_iterations, iterations, tolerance**2,
-            D=dim, MEMBERS=tiles.members, OWNED=tiles.owned, **launch,
-        )  # fmt: skip
+    chunks = triton.cdiv(tokens, tiles.tokens * tiles.turns)
+    k_clusters = clusters - q_clusters
+    buckets = _padded(triton.cdiv(max(q_clusters, k_clusters), tiles.owned))
+    table = torch.empty(rows, 2, chunks, buckets, dtype=torch.int32, device=q.device)
+    cluster_kernel[(_programs(q.device),)](
+        q, k, flags, ctl, counters, progress, centroids, rounded, norms, labels, table,
+        torch.empty_like(labels), sizes, order, offsets, *q.stride()[:3], *k.stride()[:3],
+        heads, rows, tokens, chunks, q_clusters, k_clusters, first_iterations, iterations, tolerance**2,
+        D=dim, SIDES=_padded(2 * rows), TOKENS=tiles.tokens, CENTROIDS=tiles.centroids,
+        TURNS=tiles.turns, OWNED=tiles.owned, BUCKETS=buckets, MEMBERS=tiles.members, CHUNKS=tiles.chunks,
+        DEALT=tiles.dealt,
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages, launch_cooperative_grid=True,
+    )  # fmt: skip
     return labels
+
+
+def _programs(device: torch.device) -> int:
+    """Programs that wait for each other: one a multiprocessor, so that all are there at once.
+
+    A cooperative launch is refused, with an error, where they do not fit. Triton's interpreter runs one
+    program after the other, so there it is one, which never waits.
+    """
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _padded(size: int) -> int:
+    """A power of two, and never so small that a warp has no element of it."""
+    return max(32, triton.next_power_of_2(size))
 
 
 def _capability(device: torch.device) -> int:

@@ -1,8 +1,10 @@
-"""Every kernel under SVG2, in every launch configuration, compiles for a Hopper GPU that is not here."""
+"""Every kernel under SVG2, in every launch configuration, compiles for GPUs that are not here."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import re
 
 import pytest
 
@@ -25,23 +27,24 @@ def strides(names: str) -> dict[str, str]:
     return {f"stride_{x}{axis}": "i32:16" for x in names for axis in "bhn"}
 
 
-def kmeans_requests(dim: int, dtype: str) -> list[Request]:
-    tiles = kmeans.choose_tiles(90, 2)
-    shared = {
+def kmeans_requests(dim: int, dtype: str, target: str = "sm_90a") -> list[Request]:
+    tiles = kmeans.choose_tiles(int(target[3:].rstrip("a")), 2)
+    signature = {
         "q": f"*{dtype}:16", "k": f"*{dtype}:16", "flags": "*i32:16", "ctl": "*i32:16", "counters": "*i64:16",
-        "shifts": "*i32:16", "centroids": "*fp32:16", "rounded": f"*{dtype}:16", "norms": "*fp32:16",
-        "labels": "*i32:16", "heads": "i32", "tokens": "i32:16", "q_clusters": "i32", "k_clusters": "i32",
-        "q_tiles": "i32", "iteration": "i32", "first_iterations": "i32", "iterations": "i32",
-        "limit": "fp32", **strides("qk"),
+        "progress": "*i32:16", "centroids": "*fp32:16", "rounded": f"*{dtype}:16", "norms": "*fp32:16",
+        "labels": "*i32:16", "table": "*i32:16", "placed": "*i32:16", "sizes": "*i32:16",
+        "order": "*i32:16", "offsets": "*i32:16", "heads": "i32", "rows": "i32",
+        "tokens": "i32:16", "chunks": "i32", "q_clusters": "i32",
+        "k_clusters": "i32", "first_iterations": "i32", "iterations": "i32", "limit": "fp32",
+        **strides("qk"),
     }  # fmt: skip
-    assign = {"D": dim, "TOKENS": tiles.tokens, "CENTROIDS": tiles.centroids, "TURNS": tiles.turns}
-    update = {"D": dim, "MEMBERS": tiles.members, "OWNED": tiles.owned}
+    tile = {
+        "D": dim, "SIDES": 32, "TOKENS": tiles.tokens, "CENTROIDS": tiles.centroids,
+        "TURNS": tiles.turns, "OWNED": tiles.owned, "BUCKETS": 32, "MEMBERS": tiles.members,
+        "CHUNKS": tiles.chunks, "DEALT": tiles.dealt,
+    }  # fmt: skip
     launch = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
-    return [
-        Request(kernel_name(kmeans.begin_kernel), shared, {"D": dim, "OWNED": 32}),
-        Request(kernel_name(kmeans.assign_kernel), shared, assign, **launch),
-        Request(kernel_name(kmeans.update_kernel), shared, update, **launch),
-    ]
+    return [Request(kernel_name(kmeans.cluster_kernel), signature, tile, target, **launch)]
 
 
 def attention_requests(dim: int, dtype: str, cluster: float) -> list[Request]:
@@ -107,11 +110,30 @@ def test_every_kernel_fits_hopper_and_the_products_use_its_tensor_cores():
         *other_requests(),
     ]
     on_tensor_cores = {
-        kernel_name(kernel)
-        for kernel in (kmeans.assign_kernel, kmeans.update_kernel, attention.variable_block_attention_kernel)
+        kernel_name(kernel) for kernel in (kmeans.cluster_kernel, attention.variable_block_attention_kernel)
     }
     for request, compiled in zip(requests, compile_all(requests), strict=True):
         assert compiled.shared <= SHARED_MEMORY_LIMIT[request.target], request
         assert compiled.spill_bytes == 0, request
         if request.kernel in on_tensor_cores:
             assert "wgmma.mma_async" in compiled.ptx, request
+
+
+def test_the_cooperative_kernel_fits_every_gpu_and_its_programs_meet():
+    requests = [
+        dataclasses.replace(request, constexprs={**request.constexprs, "SIDES": 256, "BUCKETS": 64})
+        for target in SHARED_MEMORY_LIMIT
+        for request in kmeans_requests(128, "bf16", target)
+    ]  # a batch of 3, 40 heads, up to 2,048 clusters
+    for request, compiled in zip(requests, compile_all(requests), strict=True):
+        assert compiled.shared <= SHARED_MEMORY_LIMIT[request.target], request
+        assert compiled.spill_bytes == 0, request
+        # A meeting: all threads have stored, one says so and comes; one looks who came, then all go on.
+        flow = re.findall(
+            r"bar\.sync|st\.global|atom\.global\.gpu\.release\.add|ld\.global\.gpu\.acquire", compiled.ptx
+        )
+        meetings = [place for place, word in enumerate(flow) if word.startswith("atom")]
+        assert len(meetings) == 5, request
+        for place in meetings:
+            assert flow[place - 1] == "bar.sync"
+            assert flow[place + 1 : place + 4] == ["bar.sync", "ld.global.gpu.acquire", "bar.sync"]

@@ -5,10 +5,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from clusters import begun, clustered, make_site
+from clusters import Site, begun, clustered, make_site
 from predictor import INTERPRETED, control, gpu, tokens_first
 from torch import Tensor
 
+from haste_compile.kernels.cluster_order import reference as cluster_order
 from haste_compile.kernels.kmeans import reference
 from haste_compile.kernels.layout import Counter
 
@@ -126,8 +127,9 @@ def check_kernels(shape: dict[str, Any], iterations: int) -> None:
     later[1, ..., Counter.REFRESHES] = 2
     kind = {"q_clusters": rows, "first_iterations": iterations, "iterations": 1, "tolerance": 0.0}
     wanted, ctl = site.centroids.clone(), control(slot=1).to(site.q.device)
+    sorting = {"order": site.order.fill_(-1), "offsets": site.offsets.fill_(-1)}
     for first, books in ((True, counters), (False, later)):
-        labels = kernel.cluster_(site.q, site.k, flags, ctl, books, site.centroids, **kind)
+        labels = kernel.cluster_(site.q, site.k, flags, ctl, books, site.centroids, **kind, **sorting)
         for b, h in flags.nonzero().tolist():
             for side, (x, part) in enumerate(((site.q, slice(0, rows)), (site.k, slice(rows, None)))):
                 token, old = x[b, h][None], wanted[1, b, h, part][None]
@@ -136,9 +138,15 @@ def check_kernels(shape: dict[str, Any], iterations: int) -> None:
                 found, means = reference.kmeans(token, start, iterations=count, tolerance=0.0)
                 wanted[1, b, h, part] = means[0]
                 assert_alike(labels[b, h, side].long(), found[0], token[0], means[0])
+                order, offsets = cluster_order.cluster_order(labels[b, h, side].long()[None], old.shape[1])
+                assert torch.equal(site.order[1, b, h, side].long(), order[0])
+                of_side = slice(0, rows + 1) if side == 0 else slice(rows + 1, None)
+                assert torch.equal(site.offsets[1, b, h, of_side].long(), offsets[0])
         torch.testing.assert_close(site.centroids, wanted, rtol=2e-3, atol=2e-3)
         site.centroids.copy_(wanted)  # so that a tie does not add up
     assert not site.centroids[0].any() and not site.centroids[1, 0, -1].any()
+    for x in sorting.values():
+        assert (x[0] == -1).all() and (x[1, 0, -1] == -1).all()
 
 
 def assert_alike(labels: Tensor, wanted: Tensor, x: Tensor, centroids: Tensor) -> None:
@@ -169,3 +177,104 @@ def test_a_head_that_no_longer_moves_is_left_alone():
     torch.testing.assert_close(
         site.centroids[1], site.centroids[0], rtol=0, atol=0
     )  # one iteration, not three
+
+
+def run_kernel(site: Site, flags: Tensor, counters: Tensor, **kind: Any) -> list[Tensor]:
+    """What a call leaves: labels of the heads that rebuild, and the state."""
+    from haste_compile.kernels.kmeans import kernel
+
+    kind = {"first_iterations": 4, "iterations": 2, "tolerance": 0.0} | kind
+    labels = kernel.cluster_(
+        site.q, site.k, flags, control().to(site.q.device), counters, site.centroids,
+        q_clusters=site.mask.shape[3], order=site.order, offsets=site.offsets, **kind,
+    )  # fmt: skip
+    return [labels[flags != 0], site.centroids, site.order, site.offsets]
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter; a GPU runs the real thing")
+def test_many_programs_give_the_bits_of_one_in_one_launch(monkeypatch: pytest.MonkeyPatch):
+    from meeting_programs import Programs
+
+    from haste_compile.kernels.kmeans import kernel
+
+    shape: dict[str, Any] = {"batch": 1, "heads": 3, "tokens": 300, "clusters": (5, 70)}
+    alone, shared = make_site(**shape), make_site(**shape)
+    counters, flags = begun(alone)
+    flags[0, 1] = 0
+    counters[0, 0, 2, Counter.REFRESHES] = 2  # two iterations where the other head does four
+    wanted = run_kernel(alone, flags, counters)
+    together = Programs(monkeypatch, kernel, "cluster_kernel", 5)
+    found = run_kernel(shared, flags, counters)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    assert together.launches == 1 and together.meetings == 1 + 4 * 4
+    run_kernel(shared, flags, counters, tolerance=1e6)  # all are done after one iteration, and leave
+    assert together.launches == 2 and together.meetings == 1 + 4
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter; a GPU runs the real thing")
+def test_where_every_head_reuses_no_program_waits_and_nothing_changes(monkeypatch: pytest.MonkeyPatch):
+    from meeting_programs import Programs
+
+    from haste_compile.kernels.kmeans import kernel
+
+    site = make_site(batch=1, heads=2, tokens=40, clusters=(2, 3))
+    counters, flags = begun(site)
+    before = [x.clone() for x in (site.centroids, site.order, site.offsets)]
+    together = Programs(monkeypatch, kernel, "cluster_kernel", 3)
+    _, *after = run_kernel(site, torch.zeros_like(flags), counters)
+    assert together.launches == 1 and together.meetings == 0
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter; a GPU runs the real thing")
+@pytest.mark.parametrize("meeting", [1, 5])
+@pytest.mark.filterwarnings("ignore:invalid value encountered")  # of centroids that are not there yet
+def test_it_matters_that_programs_wait(meeting: int, monkeypatch: pytest.MonkeyPatch):
+    """What the tests above would see: centroids that are not there yet, or of the iteration before."""
+    from meeting_programs import Programs
+
+    from haste_compile.kernels.kmeans import kernel
+
+    shape: dict[str, Any] = {"batch": 1, "heads": 1, "tokens": 300, "clusters": (5, 70)}
+    alone, shared = make_site(**shape), make_site(**shape)
+    counters, flags = begun(alone)
+    wanted = run_kernel(alone, flags, counters)
+    Programs(monkeypatch, kernel, "cluster_kernel", 3, skipped=[meeting])
+    found = run_kernel(shared, flags, counters)
+    assert not torch.equal(found[1], wanted[1])
+
+
+@pytest.mark.gpu
+@gpu
+def test_fifty_runs_of_the_compiled_kernel_give_the_same_bits():
+    shape: dict[str, Any] = {"tokens": 20011, "dim": 128, "clusters": (300, 1000), "dtype": torch.bfloat16}
+    site = make_site(**shape)
+    counters, flags = begun(site)
+    flags[1, 1] = 0
+    counters[0, 1, ..., Counter.REFRESHES] = 2
+    start = torch.randn_like(site.centroids)
+    first: list[Tensor] = []
+    for _ in range(50):
+        site.centroids.copy_(start)
+        found = [x.clone() for x in run_kernel(site, flags, counters, first_iterations=10)]
+        first = first or found
+        assert all(torch.equal(a, b) for a, b in zip(found, first, strict=True))
+
+
+@pytest.mark.gpu
+@gpu
+def test_fifty_iterations_are_one_launch_and_a_reuse_leaves_everything():
+    from torch.profiler import ProfilerActivity, profile
+
+    site = make_site(tokens=5003, dim=128, clusters=(40, 300), dtype=torch.bfloat16)
+    counters, flags = begun(site)
+    run_kernel(site, flags, counters)  # compiles
+    before = [x.clone() for x in (site.centroids, site.order, site.offsets)]
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        _, *state = run_kernel(site, torch.zeros_like(flags), counters, first_iterations=50)
+        after = [x.clone() for x in state]
+        run_kernel(site, flags, counters, first_iterations=50)
+        torch.cuda.synchronize()
+    kernels = [event.name for event in profiled.events() if "cluster" in event.name]
+    assert kernels == ["cluster_kernel"] * 2
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
