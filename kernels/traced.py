@@ -2,7 +2,9 @@
 
 What the CUDA implementations of ``kernels.ops`` launch, but for attention: a graph knows no addresses, which
 the host needs for descriptors, and Inductor compiles Triton and not Gluon. So it is Triton's kernel, whose
-programs make their descriptors themselves. Imported without Triton, traced with it.
+programs make their descriptors themselves, in scratch memory. Before torch 2.13 AOTInductor gives all of them
+together as much of it as one needs; there rows are read through pointers. Imported without Triton, traced
+with it.
 """
 
 from __future__ import annotations
@@ -12,8 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from haste_compile.kernels import ops
+
+_SCRATCH_FOR_ALL = TorchVersion(torch.__version__) >= "2.13"
 
 
 def refresh_mask_(*args: Tensor, **options: Any) -> None:
@@ -35,7 +40,7 @@ def block_sparse_attention(
         block=block,
         dim=q.shape[3],
         itemsize=q.element_size(),
-        tma_ready=all(map(_tma_ready, (q, k, v))),
+        tma_ready=_SCRATCH_FOR_ALL and all(map(_tma_ready, (q, k, v))),
     )
     launch = dataclasses.replace(launch, host_descriptors=False)
     counts, indices = expand_mask.expand(mask, ctl, mask.shape[3])

@@ -38,7 +38,7 @@ HOLD_OUT_COUNTS = ((1, 10), (2, 24), (3, 6))  # (objects, prompts)
 VALIDATION_SEED = 71
 VALIDATION_COUNTS = ((1, 20), (2, 48), (3, 12))
 STEPS = 30
-GUIDANCES = (2.0, 3.0, 4.5, 6.0)  # that validation chooses from
+SAMPLERS = ((3.0, 3.0), (3.0, 4.5), (6.0, 3.0), (6.0, 4.5))  # shift and guidance: validation chooses
 TOP_P = 0.9
 BLOCK = 64
 STRIDES = (8, 16)
@@ -239,15 +239,22 @@ def contact_sheet(clips: torch.Tensor, path: Path, columns: int = 5) -> None:
     Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(path)
 
 
-def success_by_guidance(pipeline: WanPipeline, canvas: Canvas = FULL) -> dict[float, float]:
-    """Shares of validation prompts that come out whole, by guidance scale."""
+def choose_sampler(pipeline: WanPipeline, canvas: Canvas = FULL) -> list[dict[str, float]]:
+    """Shares of validation prompts that come out whole, best sampler first; the pipeline gets its shift."""
     prompts = validation_prompts()
-    found = {}
-    for guidance in GUIDANCES:
+    found = []
+    for shift, guidance in SAMPLERS:
+        _set_shift(pipeline, shift)
         figures = success(_generate_all(pipeline, prompts, canvas, guidance), prompts)
-        found[guidance] = figures["clip_success"]
-        log.info("guidance %s: %s %s", guidance, found[guidance], figures["clip_success_by_objects"])
+        found.append({"shift": shift, "guidance": guidance, "clip_success": figures["clip_success"]})
+        log.info("%s %s", found[-1], figures["clip_success_by_objects"])
+    found.sort(key=lambda row: -row["clip_success"])
+    _set_shift(pipeline, found[0]["shift"])
     return found
+
+
+def _set_shift(pipeline: WanPipeline, shift: float) -> None:
+    pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, flow_shift=shift)
 
 
 def evaluate(

@@ -54,8 +54,9 @@ def _figures(model: Path, report: dict[str, Any]) -> dict[str, Any]:
         "steps": found["steps"],
         "eval_steps": found["steps"],
         "guidance": found["guidance"],
-        "by_guidance": ", ".join(
-            f"{share:.0%} at {float(scale):g}" for scale, share in report["validation"].items()
+        "by_sampler": ", ".join(
+            f"{row['clip_success']:.1%} at shift {row['shift']:g} and guidance {row['guidance']:g}"
+            for row in report["validation"]
         ),
         "layers": transformer["num_layers"],
         "heads": transformer["num_attention_heads"],

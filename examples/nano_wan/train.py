@@ -33,12 +33,12 @@ import torch
 import transformers
 
 from examples.nano_wan.evaluate import (
+    choose_sampler,
     contact_sheet,
     evaluate,
     generate,
     hold_out_prompts,
     success,
-    success_by_guidance,
     vae_psnr,
 )
 from examples.nano_wan.model import build_pipeline, load_pipeline, save_pipeline
@@ -223,10 +223,9 @@ def report_progress(run: Run, plan: Plan) -> None:
     sheet = run.out / "sheet.png"
     if stages[-1] == plan.stages[-1].name and plan is PLAN:
         canvas = plan.stages[-1].canvas
-        found = run.report["validation"] = success_by_guidance(pipeline, canvas)
-        run.report["evaluation"] = evaluate(
-            pipeline, canvas, guidance=max(found, key=found.__getitem__), sheet=sheet
-        )
+        found = run.report["validation"] = choose_sampler(pipeline, canvas)
+        run.pipeline.scheduler = pipeline.scheduler
+        run.report["evaluation"] = evaluate(pipeline, canvas, guidance=found[0]["guidance"], sheet=sheet)
         log.info("hold-out: %s", run.report["evaluation"]["hold_out"])
         for name, figures in run.report["evaluation"]["densities"].items():
             log.info("densities %s: %s", name, {k: v for k, v in figures.items() if k != "by_head"})

@@ -38,8 +38,8 @@ from haste_compile.passes.base import AttentionSite
 #: (block, q, k, v, scale) -> attention output; q, k, v and output are [B, H, N, D].
 Attend = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
 
-#: Kernels of dense attention under autograd. Of the fused ones only FlashAttention's sums gradients in one
-#: order when deterministic algorithms are asked for; it takes no float32.
+#: Kernels of dense attention under autograd. Of the fused ones only FlashAttention's can sum gradients in one
+#: order; it takes no float32.
 _BY_REPRODUCIBILITY = [
     SDPBackend.FLASH_ATTENTION,
     SDPBackend.EFFICIENT_ATTENTION,
@@ -194,7 +194,9 @@ class Interception:
             hidden = call.hidden_input.detach().requires_grad_()
             output = call.run_again(hidden, watch, self)
             wanted = (seen[0],) if index == 0 else (seen[0], hidden)
-            found = [torch.autograd.grad(output, wanted, g, retain_graph=True) for g in gradients]
+            found = _reproducibly(
+                lambda: [torch.autograd.grad(output, wanted, g, retain_graph=True) for g in gradients], hidden
+            )
         return [g[0] for g in found], [g[1] for g in found if index > 0]
 
     @contextlib.contextmanager
@@ -332,6 +334,24 @@ class BlockCall:
 
 
 _intercepted: WeakIdKeyDictionary = WeakIdKeyDictionary()  # parameter -> (Interception, index of its block)
+
+
+def _reproducibly(work: Callable[[], list[Any]], hidden: Tensor) -> list[Any]:
+    """FlashAttention sums gradients in one order only where that is demanded; what cannot is let be."""
+    half = hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16)
+    if not (half and torch.is_deterministic_algorithms_warn_only_enabled()):
+        return work()
+    torch.use_deterministic_algorithms(True)
+    try:
+        return work()
+    except RuntimeError as error:
+        if "deterministic" not in str(error):
+            raise
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    return work()
+
+
 _active: list[tuple[Attend, int]] = []  # the blocks being computed, innermost last
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -314,16 +315,24 @@ def _folder(out: str | Path | None, group: Ranks) -> Iterator[Path]:
             yield Path(folder)
 
 
+_CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
+
+
 @contextlib.contextmanager
 def _deterministic() -> Iterator[None]:
     """Ask torch for reproducible kernels, so that a resumed run repeats the bits of an unbroken one."""
     before = torch.are_deterministic_algorithms_enabled()
     warn = torch.is_deterministic_algorithms_warn_only_enabled()
     filled = torch.utils.deterministic.fill_uninitialized_memory
+    cublas = os.environ.get(_CUBLAS)
     torch.use_deterministic_algorithms(True, warn_only=True)
+    # Without it torch refuses matrix products where determinism is demanded and not just wished.
+    os.environ.setdefault(_CUBLAS, ":4096:8")
     torch.utils.deterministic.fill_uninitialized_memory = False  # costs time, and nobody reads it
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warn)
+        if cublas is None:
+            del os.environ[_CUBLAS]
         torch.utils.deterministic.fill_uninitialized_memory = filled

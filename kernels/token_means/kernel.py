@@ -80,7 +80,7 @@ def token_means(q: Tensor, k: Tensor) -> Tensor:
     sums = torch.empty(2, batch, heads, chunks, dim, dtype=torch.float32, device=q.device)
     means = torch.empty(2, batch, heads, dim, dtype=torch.float32, device=q.device)
     launchable(chunk_sums_kernel)[(heads, chunks, 2 * batch)](
-        q, k, sums, *q.stride()[:3], *k.stride()[:3], tokens, D=dim, CHUNK=CHUNK, TILE=64, num_warps=4
+        q, k, sums, *q.stride()[:3], *k.stride()[:3], tokens, D=dim, CHUNK=CHUNK, TILE=16, num_warps=4
     )
     launchable(combine_kernel)[(2 * batch * heads,)](sums, means, chunks, tokens, D=dim, TILE=32, num_warps=4)
     return means

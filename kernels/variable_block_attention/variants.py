@@ -8,7 +8,6 @@ from collections.abc import Callable
 from torch import Tensor
 
 from haste_compile.kernels.variable_block_attention import hopper, kernel
-from haste_compile.kernels.variable_block_attention.dispatch import HOPPER_CONFIRMED
 
 #: (q, k, v, order, offsets, mask, ctl, scale=) -> out, lse.
 Attend = Callable[..., tuple[Tensor, Tensor]]
@@ -45,14 +44,14 @@ def _scheduled(schedule: hopper.Schedule) -> Attend:
 
 VARIANTS: dict[str, Variant] = {
     "triton": Variant(kernel.attend, (), confirmed=True),
-    "gluon": Variant(_scheduled(hopper.Schedule()), (9,), confirmed=HOPPER_CONFIRMED),
+    "gluon": Variant(_scheduled(hopper.Schedule()), (9,), confirmed=True),
     "gluon, no turns": Variant(
-        _scheduled(hopper.Schedule(in_turns=False)), (9,), confirmed=HOPPER_CONFIRMED
+        _scheduled(hopper.Schedule(in_turns=False)), (9,), confirmed=True
     ),
     "gluon, 3 stages": Variant(
-        _scheduled(hopper.Schedule(stages=3, q_stages=1)), (9,), confirmed=HOPPER_CONFIRMED
+        _scheduled(hopper.Schedule(stages=3, q_stages=1)), (9,), confirmed=True
     ),
     "gluon, 1 GB of lists": Variant(
-        _scheduled(hopper.Schedule(workspace=1 << 30)), (9,), confirmed=HOPPER_CONFIRMED
+        _scheduled(hopper.Schedule(workspace=1 << 30)), (9,), confirmed=True
     ),
 }  # fmt: skip

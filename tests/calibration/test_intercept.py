@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import tiny_wan
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor
 
 from haste_compile import _torch
-from haste_compile.calibration.intercept import Interception, attend_dense
+from haste_compile.calibration.intercept import Interception, _reproducibly, attend_dense
 from haste_compile.config import HasteConfig
 from haste_compile.errors import OptionError, StateError
 from haste_compile.predictors import get_predictor
@@ -163,3 +165,27 @@ def test_a_call_that_dynamo_runs_uncompiled_is_an_error() -> None:
         pytest.raises(StateError, match="0 of 2 calls of blocks"),
     ):
         interception.run(INPUTS)
+
+
+@pytest.mark.parametrize("refused", ["no deterministic implementation", "out of memory", None])
+def test_gradients_on_a_gpu_demand_one_order_where_there_is_one(refused: str | None) -> None:
+    demanded: list[bool] = []
+
+    def work() -> list[Any]:
+        demanded.append(not torch.is_deterministic_algorithms_warn_only_enabled())
+        if refused is not None and demanded[-1]:
+            raise RuntimeError(refused)
+        return ["gradients"]
+
+    hidden: Any = types.SimpleNamespace(is_cuda=True, dtype=torch.bfloat16)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        if refused == "out of memory":
+            with pytest.raises(RuntimeError, match=refused):
+                _reproducibly(work, hidden)
+        else:
+            assert _reproducibly(work, hidden) == ["gradients"]
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert demanded == ([True, False] if refused == "no deterministic implementation" else [True])

@@ -264,13 +264,12 @@ def test_only_rows_of_whole_vectors_are_copied() -> None:
     )
 
 
-@pytest.mark.parametrize("confirmed", [False, True])
-def test_until_a_gpu_confirms_it_nobody_gets_it(confirmed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "HOPPER_CONFIRMED", confirmed)
-    monkeypatch.setattr(hopper, "suits", lambda q, k, v: True)
+@pytest.mark.parametrize("suits", [False, True])
+def test_what_suits_it_gets_it(suits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hopper, "suits", lambda q, k, v: suits)
     monkeypatch.setattr(hopper, "attend", lambda *inputs, scale: "hopper")
     monkeypatch.setattr(kernel, "attend", lambda *inputs, scale: "triton")
-    assert dispatch.attend(*[None] * 7, scale=0.1) == ("hopper" if confirmed else "triton")
+    assert dispatch.attend(*[None] * 7, scale=0.1) == ("hopper" if suits else "triton")
     assert {"triton", "gluon"} <= set(VARIANTS) and VARIANTS["triton"].confirmed
 
 
