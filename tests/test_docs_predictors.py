@@ -18,7 +18,7 @@ RUN_ELSEWHERE = {
     "timeout 240 python -m benchmarks.svg2 --quick": "tests/test_benchmark_svg2.py, but for the timing",
     "python -m benchmarks.hosts --seeds 0 --frames 17 --steps 8 -o dense_steps=1 "
     "--top-p 0.8 0.9 0.97 0.99 --deltas --json hosts.json": "tests/test_benchmark_hosts.py, in the small",
-    "python -m benchmarks.svg2 --json benchmarks/results/svg2-h200.json": "the same",
+    "python -m benchmarks.svg2 --json benchmarks/results/svg2-h100.json": "the same",
     "python -m benchmarks.token_order --json benchmarks/results/token-order-nano-wan.json": (
         "tests/test_benchmark_token_order.py, on the tiny pipeline"
     ),
@@ -58,6 +58,21 @@ def test_clusters_and_memory_are_as_stated() -> None:
     assert svg2.blocks(2304, config) == (144, 288) and "get 144 and 288" in DOC
     shape, dtype = svg2.state(2304, 64, config)["order"]
     assert shape == (2, 2304) and 2 * dtype.itemsize == 8 and "takes 8·N bytes" in DOC
+
+
+def test_the_costs_on_a_gpu_are_the_recorded_ones() -> None:
+    recorded = json.loads((ROOT / "benchmarks/results/svg2-h100.json").read_text(encoding="utf-8"))
+    cells: dict[str, list[str]] = {"rebuild": [], "reuse": [], "attention": []}
+    for name in ("1.3B 480p", "1.3B 720p", "14B 720p"):
+        rows = {row["what"]: row for row in recorded["geometries"][name]["0.5"]}
+        dense = rows["dense SDPA"]["milliseconds"]
+        for kind in ("rebuild", "reuse"):
+            share = rows[f"refresh, every head {kind}s"]["milliseconds"] / dense
+            cells[kind].append(f"{100 * share:.1f} %")
+        rates = rows["svg2 attention"]["tflops"], rows["fixed blocks, equal density"]["tflops"]
+        cells["attention"].append(f"{rates[0] / rates[1]:.2f}")
+    for kind, found in cells.items():
+        assert re.search(rf"^\| {kind}.*\| {re.escape(' | '.join(found))} \|$", DOC, re.M), kind
 
 
 def test_the_comparison_on_nano_wan_is_the_recorded_run() -> None:

@@ -5,7 +5,7 @@ groups, b/s times as many numbers, it reads twice. Here the row of a query block
 its groups is read once, normalised, and added; the halvings of the selection follow at once. At 75,600 tokens
 and 12 heads that is 168 MB of traffic, and a launch, less.
 
-No GPU has run this kernel yet: the ops use the two kernels that it would replace, which were measured.
+On an H100 it takes 2.24 ms where the two kernels take 2.30 (75,600 tokens). No op uses it yet.
 """
 
 from __future__ import annotations
