@@ -101,7 +101,10 @@ def test_nothing_is_linear_in_the_probes_but_their_number() -> None:
 
 
 def test_forms_agree_on_nano_wan() -> None:
-    """Trained weights, a video half as long: one state, eight heads of four layers, three candidates."""
+    """Trained weights, a video half as long: one state, eight heads of four layers, three candidates.
+
+    Of one state few probes are noise: eight at a time correlate by 0.85 to 0.97, 32 by 0.98.
+    """
     pipe = load_pipeline(NANO_WAN, device=torch.device("cpu"), dtype=torch.float32)
     config = HasteConfig.from_options({**NANO_OPTIONS, "dense_steps": 0, "inner": "eager"})
     request = dataclasses.replace(NANO_REQUEST, steps=2, guidance=1.0, frames=17)
@@ -110,7 +113,7 @@ def test_forms_agree_on_nano_wan() -> None:
     plans = {
         method: make_plan(
             pipe, prompts, request, config,
-            make_settings(method=method, branches="conditional", probes=8, **settings),
+            make_settings(method=method, branches="conditional", probes=32, **settings),
         )
         for method in ("gradient", "exact")
     }  # fmt: skip
@@ -135,4 +138,4 @@ def test_forms_agree_on_nano_wan() -> None:
             a += by_probes[layer, list(heads)].flatten().tolist()
             b += errors[list(heads)].flatten().tolist()
     assert len(a) == 24
-    assert spearmanr(a, b).statistic >= 0.9
+    assert spearmanr(a, b).statistic >= 0.95
