@@ -109,6 +109,8 @@ class HasteConfig:
                 raise _wrong(name, getattr(self, name), "True or False")
         _gate(self.gate)
         _reuse(self.reuse)
+        if self.profile is None and self.profile_checksum is not None:
+            raise _wrong("profile_checksum", self.profile_checksum, "None, or the option profile with it")
 
     @property
     def reuse_rule(self) -> tuple[str, int]:

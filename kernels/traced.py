@@ -2,9 +2,9 @@
 
 What the CUDA implementations of ``kernels.ops`` launch, but for attention: a graph knows no addresses, which
 the host needs for descriptors, and Inductor compiles Triton and not Gluon. So it is Triton's kernel, whose
-programs make their descriptors themselves, in scratch memory. Before torch 2.13 AOTInductor gives all of them
-together as much of it as one needs; there rows are read through pointers. Imported without Triton, traced
-with it.
+programs make their descriptors themselves, in scratch memory. Torch 2.13's AOTInductor gives each program its
+own; earlier ones gave all of them together what one needs, so there rows are read through pointers. Imported
+without Triton, traced with it.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from examples.nano_wan import evaluate
 from examples.nano_wan.detect import judge
 from examples.nano_wan.evaluate import (
     Prompt,
@@ -20,6 +21,7 @@ from examples.nano_wan.evaluate import (
     hold_out_prompts,
     top_p_density,
     vae_psnr,
+    validation_prompts,
 )
 from examples.nano_wan.model import HEADS, LAYERS
 from examples.nano_wan.model_card import REPORT, write_card
@@ -153,3 +155,36 @@ def test_the_card_states_the_report(tmp_path: Path) -> None:
     write_card(copy)
     card = (copy / "README.md").read_text()
     assert card == (NANO_WAN / "README.md").read_text()
+
+
+def test_validation_prompts_are_unseen_and_not_held_out() -> None:
+    found = {frozenset(prompt.objects) for prompt in validation_prompts()}
+    assert len(found) >= 40
+    assert not found & {frozenset(prompt.objects) for prompt in hold_out_prompts()}
+    seen = sample_scenes(2000, (0.2, 0.5, 0.3), torch.Generator().manual_seed(6))
+    assert not found & {frozenset(seen.objects(i)) for i in range(len(seen))}
+
+
+def test_the_sampler_is_what_validation_chooses(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler, drawn = pipe.scheduler, []
+
+    def draw(pipeline: Any, _prompts: Any, _canvas: Any, guidance: float) -> tuple[float, float]:
+        drawn.append((pipeline.scheduler.config.flow_shift, guidance))
+        return drawn[-1]
+
+    def judged(sampler: tuple[float, float], _prompts: Any) -> dict[str, Any]:
+        return {"clip_success": 0.9 if sampler == (6.0, 3.0) else 0.5, "clip_success_by_objects": {}}
+
+    monkeypatch.setattr(evaluate, "_generate_all", draw)
+    monkeypatch.setattr(evaluate, "success", judged)
+    try:
+        best, *others = evaluate.choose_sampler(pipe)
+        assert best == {"shift": 6.0, "guidance": 3.0, "clip_success": 0.9}
+        assert pipe.scheduler.config.flow_shift == 6.0
+    finally:
+        pipe.scheduler = scheduler
+    assert tuple(drawn) == evaluate.SAMPLERS and len(others) == len(evaluate.SAMPLERS) - 1
+
+
+def test_the_demo_uses_the_guidance_of_the_report() -> None:
+    assert json.loads((NANO_WAN / REPORT).read_text())["evaluation"]["guidance"] == NANO_REQUEST.guidance

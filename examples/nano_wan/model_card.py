@@ -79,7 +79,6 @@ def _figures(model: Path, report: dict[str, Any]) -> dict[str, Any]:
         "training_minutes": (
             sum(stage["seconds"] for stage in (report["vae"], report["long_vae"], *report["stages"])) / 60
         ),
-        "calls": len(report["calls"]),
         "seed": report["seed"],
         "stages": "\n".join(_stage_rows(report)),
         "probes": min(report["phrases"].values()),

@@ -1,4 +1,4 @@
-"""Train nano-wan from nothing in about 20 minutes of one H200, in as many calls as it takes.
+"""Train nano-wan from nothing in about 23 minutes of one Hopper GPU, in as many calls as it takes.
 
     python -m examples.nano_wan.train --work build/nano_wan --out build/out --minutes 9.4
     python -m examples.nano_wan.train ... --vae haste_compile/assets/nano_wan     # keep a trained VAE

@@ -70,7 +70,7 @@ VARIANTS: dict[str, Variant] = {
         _launched(
             Launch(tma=True, warp_specialize=True, num_warps=4, num_stages=2, host_descriptors=False)
         ),
-        (9,), (128,), confirmed=False,
+        (9,), (128,), confirmed=True,
     ),
     "gluon": Variant(_scheduled(hopper.Schedule()), (9,), (128,), confirmed=True),
     "gluon, no turns": Variant(

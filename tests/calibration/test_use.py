@@ -91,6 +91,8 @@ def test_a_profile_that_changed_since_is_refused(finished: Finished, tmp_path: P
         with pytest.raises(ProfileError, match="of the profile that was asked for"):
             transformer(**tiny_wan.transformer_inputs())
     checksum = handle.config.profile_checksum
+    with pytest.raises(OptionError, match="option profile with it"):
+        HasteConfig.from_options({"profile_checksum": checksum})
     with pytest.raises(ProfileError, match=f"wanted {checksum}"):
         HasteConfig.from_options({"profile": str(tmp_path), "profile_checksum": checksum})
 
