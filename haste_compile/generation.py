@@ -60,7 +60,7 @@ class Request:
 NANO_REQUEST = Request(
     prompt="a red circle moves left, a blue square moves up",
     steps=22,
-    guidance=4.5,
+    guidance=3.0,
     height=256,
     width=256,
     frames=33,
