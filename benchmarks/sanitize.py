@@ -24,6 +24,7 @@ import torch
 
 from benchmarks.attention_problems import BLOCK, HEAD_DIM, Problem
 from benchmarks.attention_sides import state
+from benchmarks.svg2 import make_site
 from haste_compile.kernels.layout import Ctl
 
 TOOLS = ("memcheck", "racecheck")
@@ -60,7 +61,13 @@ def cases(device: str) -> dict[str, Callable[[], object]]:
     def attention(ctl: torch.Tensor) -> None:
         torch.ops.haste.block_sparse_attention(q, k, v, cached["mask"], ctl, block=BLOCK, scale=problem.scale)
 
+    site = make_site(HEADS, TOKENS, 0.5, device=device, dtype=dtype)
+    few = {"first_iterations": 3, "iterations": 2}
+    site.refresh(first=True, **few)
     found: dict[str, Callable[[], object]] = {
+        "clusters, first rebuild": lambda: site.refresh(first=True, **few),
+        "clusters, later rebuild": lambda: site.refresh(**few),
+        "attention over clusters": site.attend,
         "refresh, drift": lambda: [refresh("drift"), refresh("drift", relative=True)],
         "refresh, interval": lambda: [refresh("interval") for _ in range(3)],
         "attention op": lambda: attention(cached["ctl"]),

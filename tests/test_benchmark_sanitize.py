@@ -60,6 +60,6 @@ def test_a_run_counts_only_if_tool_and_case_came_to_their_end(
 def test_the_cases_of_the_ops_run() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     found = sanitize.cases(device)
-    assert {"refresh, drift", "attention op, dense step"} <= set(found)
+    assert {"refresh, drift", "attention op, dense step", "attention over clusters"} <= set(found)
     for case in found.values():
         case()
