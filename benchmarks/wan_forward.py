@@ -332,6 +332,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--density", type=float, default=0.25, help="mean density to aim at")
     parser.add_argument("--refresh", type=float, default=0.2, help="share of masks rebuilt a step to aim at")
     parser.add_argument("--steps", type=int, default=12, help="denoising steps of the video")
+    parser.add_argument("--no-profile", action="store_true", help="leave the breakdown and the bound out")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
     return parser.parse_args(arguments)
 
@@ -370,7 +371,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         results = []
         for how in options.compile:
             torch.compiler.reset()
-            results.append(compare(run, how, timer=cuda_milliseconds))
+            results.append(compare(run, how, timer=cuda_milliseconds, profile=not options.no_profile))
             print(report(results[-1]), flush=True)
     except WrongResultError as error:
         print(f"not timed: {error}", file=sys.stderr)
