@@ -16,7 +16,7 @@ from haste_compile import _torch, doctor
 from haste_compile.calibration.use import mismatches, warming_up
 from haste_compile.errors import OptionError
 from haste_compile.generation import Generation, Request, generate
-from haste_compile.loading import default_dtype, load_pipeline
+from haste_compile.loading import default_dtype, load_pipeline, shown_path
 from haste_compile.output import new_folder
 from haste_compile.pipeline import Handle, find_transformers, optimize
 
@@ -194,14 +194,17 @@ def _summary(
     density = [row for figures in statistics for row in figures.density_by_head]
     refresh = [row for figures in statistics for row in figures.refresh_rate_by_head]
     return {
-        "model": str(model),
+        "model": shown_path(model),
         "prompt": request.prompt,
         "seed": request.seed,
         "steps": request.steps,
         "guidance": request.guidance,
         "size": {"frames": request.frames, "height": request.height, "width": request.width},
         "tokens": max((int(site.shape[2]) for site in rewritten), default=0),
-        "options": handle.config.to_options(),
+        "options": {
+            name: shown_path(value) if name == "profile" and value is not None else value
+            for name, value in handle.config.to_options().items()
+        },
         "sites_rewritten": len(rewritten),
         "sites_skipped": [
             {"name": site.name, "kind": site.kind, "reason": site.reason}

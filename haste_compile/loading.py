@@ -43,6 +43,12 @@ def load_pipeline(model: str | Path, *, device: torch.device, dtype: torch.dtype
     return pipe.to(device)
 
 
+def shown_path(path: str | Path) -> str:
+    """A path for a record: what comes with the package by its place in it, on whatever machine that is."""
+    root = Path(__file__).parents[1]
+    return Path(path).relative_to(root).as_posix() if Path(path).is_relative_to(root) else str(path)
+
+
 def transformer_structures(model: str | Path, *, dtype: torch.dtype) -> dict[str, Any]:
     """The pipeline's transformers on the meta device, without weights: cheap at any size.
 

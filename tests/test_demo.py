@@ -17,7 +17,7 @@ from haste_compile import cli, demo
 from haste_compile.evaluation.metrics import psnr_db
 from haste_compile.evaluation.video import read_mp4
 from haste_compile.generation import NANO_OPTIONS, NANO_REQUEST, Request, default_request
-from haste_compile.loading import NANO_WAN
+from haste_compile.loading import NANO_PROFILE, NANO_WAN, shown_path
 
 STEPS = 3
 
@@ -178,6 +178,13 @@ def test_failure_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             progress=lambda *_: None,
         )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_record_names_the_embedded_model_by_its_place_in_the_package(tmp_path: Path) -> None:
+    assert shown_path(NANO_WAN) == "haste_compile/assets/nano_wan"
+    assert shown_path(str(NANO_PROFILE)) == "haste_compile/assets/nano_wan_profile"
+    assert shown_path(tmp_path / "model") == str(tmp_path / "model")
+    assert shown_path("Wan-AI/Wan2.1-T2V-1.3B-Diffusers") == "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 
 
 def test_defaults_suit_the_model() -> None:

@@ -165,6 +165,12 @@ def test_links_lead_somewhere() -> None:
     assert [target for target in targets if not (ROOT / target).exists()] == []
 
 
+def test_records_hold_no_path_of_a_machine() -> None:
+    records = sorted((ROOT / "benchmarks/results").glob("*.json"))
+    assert records
+    assert [path.name for path in records if '"/' in path.read_text(encoding="utf-8")] == []
+
+
 def test_demo_figures_are_the_recorded_run() -> None:
     recorded = json.loads((ROOT / "benchmarks/results/demo-cpu.json").read_text(encoding="utf-8"))
     assert all(recorded["checks"].values())
