@@ -41,6 +41,7 @@ class Request:
         constexprs: value of every constexpr argument.
         target: "sm_90a", "sm_80", ...
         disassemble: give the machine code too.
+        maxnreg: registers a thread that ptxas may use; None: as many as it likes.
     """
 
     kernel: str
@@ -50,6 +51,7 @@ class Request:
     num_warps: int = 4
     num_stages: int = 2
     disassemble: bool = False
+    maxnreg: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +178,11 @@ def _compile(request: Request) -> CrossCompiled:
         compiled = triton.compile(
             source,
             target=GPUTarget("cuda", capability, 32),
-            options={"num_warps": request.num_warps, "num_stages": request.num_stages},
+            options={
+                "num_warps": request.num_warps,
+                "num_stages": request.num_stages,
+                "maxnreg": request.maxnreg,
+            },
         )
     spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", log.getvalue())
     registers = re.findall(r"Used (\d+) registers", log.getvalue())

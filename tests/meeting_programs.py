@@ -1,13 +1,15 @@
 """Run a cooperative kernel in Triton's interpreter with several programs, which really take turns.
 
 The interpreter runs programs one after the other, so the first that waits for another would wait for ever.
-Here each has a thread of its own, of which one runs at a time, from one meeting to the next.
+Here each has a thread of its own, of which one runs at a time: until it comes to a meeting, or, every other
+time, has drawn an item of work; the others then draw theirs before it does anything.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
+import random
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -48,6 +50,8 @@ class Programs:
         monkeypatch.setattr(whole, "rewrite", lambda: first_runs_all)
         monkeypatch.setattr(module, "_programs", lambda *_: count)
         monkeypatch.setattr(module, "_meet", self._meet)
+        self._drawn = module._draw
+        monkeypatch.setattr(module, "_draw", self._draw)
         call = interpreter.GridExecutor.__call__
 
         def counted(executor: Any, *args: Any, **kwargs: Any) -> None:
@@ -61,14 +65,28 @@ class Programs:
         self._met[me] += 1
         assert meeting == self._met[me], "a program waits for more or for fewer than will come"
         if self._met[me] not in self._skipped:
-            self._back.release()
-            self._go[me].acquire()
-            interpreter.interpreter_builder.set_grid_idx(me, 0, 0)
+            self._pause(me)
+
+    def _draw(self, deals: Any) -> Any:
+        me = int(threading.current_thread().name)
+        item = self._drawn(deals)
+        if self._chance.random() < 0.5:
+            self._drawing.add(me)
+            self._pause(me)
+            self._drawing.remove(me)
+        return item
+
+    def _pause(self, me: int) -> None:
+        self._back.release()
+        self._go[me].acquire()
+        interpreter.interpreter_builder.set_grid_idx(me, 0, 0)
 
     def _run(self, *args: Any, **kwargs: Any) -> None:
         self._go = [threading.Semaphore(0) for _ in range(self._count)]
         self._back = threading.Semaphore(0)
         self._met = [0] * self._count
+        self._drawing: set[int] = set()
+        self._chance = random.Random(0)
         running = set(range(self._count))
         errors: list[BaseException] = []
 
@@ -89,11 +107,15 @@ class Programs:
             thread.start()
         self.meetings, forth = 0, True
         while running:
-            for me in sorted(running, reverse=not forth):  # whoever comes first must make no difference
-                self._go[me].release()
-                self._back.acquire()
-            if errors:
-                raise errors[0]
+            coming = set(running)
+            while coming:
+                for me in sorted(coming, reverse=not forth):  # whoever comes first must make no difference
+                    self._go[me].release()
+                    self._back.acquire()
+                    if me not in self._drawing:
+                        coming.remove(me)
+                if errors:
+                    raise errors[0]
             assert len(running) in (0, self._count), "some left while others wait for them"
             assert len(set(self._met)) == 1
             self.meetings, forth = self._met[0], not forth

@@ -18,49 +18,17 @@ bucket's tokens into the order of their clusters.
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from haste_compile.kernels.kmeans.launch import Tiles, choose_tiles, fold_steps
 from haste_compile.kernels.layout import COUNTER_COLUMNS, Counter, Ctl
 
 _SLOT = tl.constexpr(int(Ctl.SLOT))
 _COLUMNS = tl.constexpr(COUNTER_COLUMNS)
 _REFRESHES = tl.constexpr(int(Counter.REFRESHES))
-
-
-@dataclasses.dataclass(frozen=True)
-class Tiles:
-    """Launch configuration.
-
-    Attributes:
-        tokens, centroids: tile of ``assign``; ``turns`` tiles of tokens, one after the other, are a chunk.
-        owned: centroids of a bucket; ``members``: tokens that ``update`` multiplies at a time.
-        chunks: whose counts ``scan`` reads at a time; ``dealt``: tokens that ``place`` and ``sort`` read.
-        num_warps, num_stages: of the kernel.
-    """
-
-    tokens: int
-    centroids: int
-    turns: int
-    owned: int
-    members: int
-    chunks: int
-    dealt: int
-    num_warps: int
-    num_stages: int
-
-
-def choose_tiles(capability: int, element_size: int) -> Tiles:
-    """Tiles for a compute capability (90 for sm_90) and element size; four-byte elements are for tests."""
-    if element_size > 2:
-        return Tiles(64, 32, 2, 32, 32, 2, 64, num_warps=4, num_stages=1)
-    if capability == 90:
-        return Tiles(128, 64, 4, 32, 64, 64, 256, num_warps=8, num_stages=3)
-    return Tiles(64, 64, 8, 32, 64, 32, 128, num_warps=8, num_stages=2)
 
 
 @triton.jit
@@ -71,6 +39,12 @@ def _meet(progress, meeting):
     while tl.atomic_add(progress, 0, sem="acquire", scope="gpu") < meeting * tl.num_programs(0):
         pass
     tl.debug_barrier()
+
+
+@triton.jit
+def _draw(deals):
+    """The next item of work that nobody has drawn: whoever is done early takes more of them."""
+    return tl.atomic_add(deals, 1, sem="relaxed")
 
 
 @triton.jit
@@ -95,17 +69,20 @@ def _tokens_of(q, k, head, of_keys, heads, stride_qb, stride_qh, stride_qn, stri
 
 
 @triton.jit
-def _store_rounded(value, cluster, inside, rounded, norms, D: tl.constexpr):
-    """Centroids as the product takes them, and the norms of just these values."""
+def _store_rounded(value, cluster, inside, stored, rounded, norms, D: tl.constexpr):
+    """Centroids as the product takes them, and the norms of just these values; infinite for what is none."""
     low = value.to(rounded.dtype.element_ty)
-    tl.store(rounded + cluster[:, None] * D + tl.arange(0, D)[None, :], low, mask=inside[:, None])
+    tl.store(rounded + cluster[:, None] * D + tl.arange(0, D)[None, :], low, mask=stored[:, None])
     wide = low.to(tl.float32)
-    tl.store(norms + cluster, tl.sum(wide * wide, 1), mask=inside)
+    tl.store(norms + cluster, tl.where(inside, tl.sum(wide * wide, 1), float("inf")), mask=stored)
 
 
 @triton.jit
 def _begin(x, stride_n, first, kept, rounded, norms, cluster, tokens, clusters, D: tl.constexpr):
-    """Where the iterations start, for the centroids ``cluster``: at tokens, or where they ended last time."""
+    """Where the iterations start, for the centroids ``cluster``: at tokens, or where they ended last time.
+
+    Whole tiles are stored, with zeros behind the last centroid: ``assign`` looks at no bounds.
+    """
     feature = tl.arange(0, D)
     inside = (cluster < clusters)[:, None]
     place = (2 * cluster + 1).to(tl.int64) * tokens // (2 * clusters)
@@ -113,44 +90,64 @@ def _begin(x, stride_n, first, kept, rounded, norms, cluster, tokens, clusters, 
     old = kept + cluster[:, None] * D + feature[None, :]
     value = tl.where(first, start.to(tl.float32), tl.load(old, mask=inside, other=0.0))
     tl.store(old, value, mask=inside)
-    _store_rounded(value, cluster, cluster < clusters, rounded, norms, D)
+    _store_rounded(value, cluster, cluster < clusters, cluster >= 0, rounded, norms, D)
 
 
 @triton.jit
-def _nearest(x, stride_n, rounded, norms, row, tokens, clusters, D: tl.constexpr, CENTROIDS: tl.constexpr):
-    """Labels of the tokens ``row``."""
+def _halves(x):
+    """The left and the right half of the columns of x [R, C]."""
+    return tl.split(tl.permute(tl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), (0, 2, 1)))
+
+
+@triton.jit
+def _nearest(
+    x, stride_n, rounded, norms, row, tokens, clusters,
+    D: tl.constexpr, CENTROIDS: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """Labels of the tokens ``row``. A tile of distances is folded STEPS times, half on half.
+
+    Eight columns stay: on Hopper all of what is folded stands in the registers of one thread, and these hold
+    one tile of distances instead of that, running minima and their numbers.
+    """
+    KINDS: tl.constexpr = CENTROIDS >> STEPS
     feature = tl.arange(0, D)
     column = tl.arange(0, CENTROIDS)
     pointers = x + row.to(tl.int64)[:, None] * stride_n + feature[None, :]
     token = tl.load(pointers, mask=(row < tokens)[:, None], other=0.0)
-    best = tl.full([row.shape[0], CENTROIDS], float("inf"), tl.float32)
-    nearest = tl.zeros([row.shape[0], CENTROIDS], tl.int32)
+    best = tl.full([row.shape[0], KINDS], float("inf"), tl.float32)
+    nearest = tl.zeros([row.shape[0], KINDS], tl.int32)
     for tile in range(0, clusters, CENTROIDS):
-        cluster = tile + column
-        inside = cluster < clusters
-        centroid = tl.load(rounded + cluster[:, None] * D + feature[None, :], mask=inside[:, None], other=0.0)
-        norm = tl.load(norms + cluster, mask=inside, other=float("inf"))
+        centroid = tl.load(rounded + (tile + column)[:, None] * D + feature[None, :])
+        norm = tl.load(norms + tile + column)
         product = tl.dot(token, tl.trans(centroid), input_precision="ieee")
-        distance = norm[None, :] - 2.0 * product
-        better = distance < best  # false for NaN, and for an equal one further on
-        best = tl.where(better, distance, best)
-        nearest = tl.where(better, tile, nearest)
+        lowest = norm[None, :] - 2.0 * product
+        fold = tl.broadcast_to((column // KINDS)[None, :], lowest.shape)
+        for _ in tl.static_range(STEPS):
+            left, right = _halves(lowest)
+            of_left, of_right = _halves(fold)
+            closer = right < left  # false for an equal one further on
+            lowest = tl.where(closer, right, left)
+            fold = tl.where(closer, of_right, of_left)
+        better = lowest < best  # likewise, and for NaN
+        best = tl.where(better, lowest, best)
+        nearest = tl.where(better, tile + fold * KINDS, nearest)
     lowest = tl.min(best, 1)
-    return tl.min(tl.where(best == lowest[:, None], nearest + column[None, :], 2147483647), 1)
+    number = nearest + tl.arange(0, KINDS)[None, :]
+    return tl.min(tl.where(best == lowest[:, None], number, 2147483647), 1)
 
 
 @triton.jit
 def _assign(
     x, stride_n, rounded, norms, labels, table, chunk, tokens, clusters,
-    D: tl.constexpr, TOKENS: tl.constexpr, CENTROIDS: tl.constexpr, TURNS: tl.constexpr,
-    OWNED: tl.constexpr, BUCKETS: tl.constexpr,
+    D: tl.constexpr, TOKENS: tl.constexpr, CENTROIDS: tl.constexpr, STEPS: tl.constexpr,
+    TURNS: tl.constexpr, OWNED: tl.constexpr, BUCKETS: tl.constexpr,
 ):  # fmt: skip
     """Labels of a chunk's tokens, and its row of the table: how many go to each bucket."""
     bucket = tl.arange(0, BUCKETS)
     count = tl.zeros([BUCKETS], tl.int32)
     for turn in range(TURNS):
         row = (chunk * TURNS + turn) * TOKENS + tl.arange(0, TOKENS)
-        label = _nearest(x, stride_n, rounded, norms, row, tokens, clusters, D, CENTROIDS)
+        label = _nearest(x, stride_n, rounded, norms, row, tokens, clusters, D, CENTROIDS, STEPS)
         tl.store(labels + row, label, mask=row < tokens)
         of_bucket = tl.where(row < tokens, label // OWNED, BUCKETS)
         count += tl.sum((of_bucket[:, None] == bucket[None, :]).to(tl.int32), 0)
@@ -179,11 +176,14 @@ def _scan(table, chunks, BUCKETS: tl.constexpr, CHUNKS: tl.constexpr):
 def _deal(which, begin, KINDS: tl.constexpr):
     """Where tokens go that are dealt, in turn, to the piles ``which``; ``begin``: a pile's next place.
 
-    Returns the places, and the next ones after them. A token of no pile gets place 0.
+    How many tokens before a token go to a pile is a product of 0/1 matrices, which the tensor cores take and
+    half precision holds. Returns the places, and the next ones after them. A token of no pile gets place 0.
     """
-    goes = (which[:, None] == tl.arange(0, KINDS)[None, :]).to(tl.int32)
-    places = begin[None, :] + tl.cumsum(goes, 0) - 1
-    return tl.sum(goes * places, 1), begin + tl.sum(goes, 0)
+    turn = tl.arange(0, which.shape[0])
+    goes = which[:, None] == tl.arange(0, KINDS)[None, :]
+    earlier = tl.dot((turn[None, :] < turn[:, None]).to(tl.float16), goes.to(tl.float16))
+    places = begin[None, :] + earlier.to(tl.int32)
+    return tl.sum(tl.where(goes, places, 0), 1), begin + tl.sum(goes.to(tl.int32), 0)
 
 
 @triton.jit
@@ -248,24 +248,30 @@ def _move(total, size, cluster, kept, rounded, norms, shift, D: tl.constexpr):
     moved = tl.max(tl.sum(step * step, 1), 0)
     tl.atomic_max(shift, moved.to(tl.int32, bitcast=True), sem="relaxed")
     tl.store(old, mean, mask=has_mean[:, None])
-    _store_rounded(mean, cluster, has_mean, rounded, norms, D)
+    _store_rounded(mean, cluster, has_mean, has_mean, rounded, norms, D)
 
 
-@triton.jit(do_not_specialize=["first_iterations", "iterations"])
+@triton.jit(
+    do_not_specialize=[
+        "heads", "rows", "tokens", "chunks", "q_clusters", "k_clusters", "first_iterations", "iterations",
+    ]
+)  # fmt: skip
 def cluster_kernel(
     q, k, flags, ctl, counters, progress, centroids, rounded, norms, labels, table, placed, sizes,
     order, offsets, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
     heads, rows, tokens, chunks, q_clusters, k_clusters, first_iterations, iterations, limit,
     D: tl.constexpr, SIDES: tl.constexpr, TOKENS: tl.constexpr, CENTROIDS: tl.constexpr,
-    TURNS: tl.constexpr, OWNED: tl.constexpr, BUCKETS: tl.constexpr, MEMBERS: tl.constexpr,
-    CHUNKS: tl.constexpr, DEALT: tl.constexpr,
+    STEPS: tl.constexpr, TURNS: tl.constexpr, OWNED: tl.constexpr, BUCKETS: tl.constexpr,
+    MEMBERS: tl.constexpr, CHUNKS: tl.constexpr, DEALT: tl.constexpr,
 ):  # fmt: skip
     """Grid: any number of programs that are all on the device at once.
 
-    ``progress``, zeros: how many programs came to meetings so far, then the largest step of a centroid,
-    squared, [iterations, B·H, 2] as the bits of fp32. Every program finds for itself which sides (queries or
+    ``progress``, zeros: how many programs came to meetings so far; how many items of ``assign`` and of
+    ``update`` were drawn, [iterations, 2]; the largest step of a centroid, squared, [iterations, B·H, 2] as
+    the bits of fp32. Every program finds for itself which sides (queries or
     keys of a head) have work, from what all wrote before a meeting, so all come to the same meetings.
     """
+    PLACES: tl.constexpr = BUCKETS * OWNED
     clusters = q_clusters + k_clusters
     number = tl.arange(0, SIDES)
     inside = number < 2 * rows
@@ -276,8 +282,11 @@ def cluster_kernel(
     refreshes = tl.load(counters + (slot * rows + row) * _COLUMNS + _REFRESHES, mask=inside, other=0)
     until = tl.where(refreshes == 1, first_iterations, iterations)
     buckets = tl.cdiv(tl.where(keys, k_clusters, q_clusters), OWNED)
+    most = tl.maximum(first_iterations, iterations)
 
-    ends = tl.cumsum(tl.where(rebuilds, buckets, 0), 0)
+    WHOLE: tl.constexpr = CENTROIDS if CENTROIDS > OWNED else OWNED
+    begun = tl.cdiv(tl.where(keys, k_clusters, q_clusters), WHOLE) * (WHOLE // OWNED)
+    ends = tl.cumsum(tl.where(rebuilds, begun, 0), 0)
     for item in range(tl.program_id(0), tl.max(ends, 0), tl.num_programs(0)):
         head, of_keys, bucket = _locate(item, ends, rows)
         x, stride_n = _tokens_of(
@@ -289,28 +298,31 @@ def cluster_kernel(
         kept = centroids + (slot * rows * clusters + place) * D
         cluster = bucket * OWNED + tl.arange(0, OWNED)
         of_side = tl.where(of_keys, k_clusters, q_clusters)
-        _begin(x, stride_n, first, kept, rounded + place * D, norms + place, cluster, tokens, of_side, D)
+        low = (head * 2 + of_keys) * PLACES
+        _begin(x, stride_n, first, kept, rounded + low * D, norms + low, cluster, tokens, of_side, D)
 
     active = rebuilds
     iteration = 0
     if tl.max(active.to(tl.int32), 0) > 0:
         _meet(progress, 1)
     while tl.max(active.to(tl.int32), 0) > 0:
+        deals = progress + 1 + 2 * iteration
         ends = tl.cumsum(tl.where(active, chunks, 0), 0)
-        for item in range(tl.program_id(0), tl.max(ends, 0), tl.num_programs(0)):
+        item = _draw(deals)
+        while item < tl.max(ends, 0):
             head, of_keys, chunk = _locate(item, ends, rows)
             x, stride_n = _tokens_of(
                 q, k, head, of_keys, heads,
                 stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
             )  # fmt: skip
             side = head * 2 + of_keys
-            place = head * clusters + tl.where(of_keys, q_clusters, 0)
             of_side = tl.where(of_keys, k_clusters, q_clusters)
             _assign(
-                x, stride_n, rounded + place * D, norms + place, labels + side * tokens,
+                x, stride_n, rounded + side * PLACES * D, norms + side * PLACES, labels + side * tokens,
                 table + side * chunks * BUCKETS, chunk, tokens, of_side,
-                D, TOKENS, CENTROIDS, TURNS, OWNED, BUCKETS,
+                D, TOKENS, CENTROIDS, STEPS, TURNS, OWNED, BUCKETS,
             )  # fmt: skip
+            item = _draw(deals)
         _meet(progress, 4 * iteration + 2)
 
         side_ends = tl.cumsum(active.to(tl.int32), 0)
@@ -328,10 +340,12 @@ def cluster_kernel(
             )  # fmt: skip
         _meet(progress, 4 * iteration + 4)
 
-        shifts = progress + 1 + iteration * 2 * rows
+        shifts = progress + 1 + 2 * most + iteration * 2 * rows
         ends = tl.cumsum(tl.where(active, buckets, 0), 0)
-        for item in range(tl.program_id(0), tl.max(ends, 0), tl.num_programs(0)):
-            head, of_keys, bucket = _locate(item, ends, rows)
+        item = _draw(deals + 1)
+        while item < tl.max(ends, 0):
+            # From the last: buckets of queries, which are fewer, have more tokens each.
+            head, of_keys, bucket = _locate(tl.max(ends, 0) - 1 - item, ends, rows)
             x, stride_n = _tokens_of(
                 q, k, head, of_keys, heads,
                 stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
@@ -342,8 +356,10 @@ def cluster_kernel(
             begin, end = _bucket_of(table + side * chunks * BUCKETS, bucket, tokens, BUCKETS)
             total, size = _sum_members(x, stride_n, placed + side * tokens, begin, end, D, MEMBERS, OWNED)
             cluster = bucket * OWNED + tl.arange(0, OWNED)
-            tl.store(sizes + place + cluster, size, mask=cluster < tl.where(of_keys, k_clusters, q_clusters))
-            _move(total, size, cluster, kept, rounded + place * D, norms + place, shifts + side, D)
+            low = side * PLACES
+            tl.store(sizes + low + cluster, size)
+            _move(total, size, cluster, kept, rounded + low * D, norms + low, shifts + side, D)
+            item = _draw(deals + 1)
         _meet(progress, 4 * iteration + 5)
 
         moved = tl.load(shifts + 2 * row + keys, mask=inside, other=0).to(tl.float32, bitcast=True)
@@ -358,8 +374,7 @@ def cluster_kernel(
             begin, end = _bucket_of(table + side * chunks * BUCKETS, bucket, tokens, BUCKETS)
             cluster = bucket * OWNED + tl.arange(0, OWNED)
             of_side = tl.where(of_keys, k_clusters, q_clusters)
-            place = head * clusters + tl.where(of_keys, q_clusters, 0)
-            size = tl.load(sizes + place + cluster, mask=cluster < of_side, other=0)
+            size = tl.load(sizes + side * PLACES + cluster)
             next_place = begin + tl.cumsum(size, 0) - size
             to = offsets + (slot * rows + head) * (clusters + 2) + tl.where(of_keys, q_clusters + 1, 0)
             tl.store(to + cluster, next_place, mask=cluster < of_side)
@@ -382,6 +397,7 @@ def cluster_(
     tolerance: float,
     order: Tensor | None = None,
     offsets: Tensor | None = None,
+    tiles: Tiles | None = None,
 ) -> Tensor:
     """Cluster the heads that rebuild, moving their centroids in place; the reference is ``kmeans``.
 
@@ -397,46 +413,48 @@ def cluster_(
         first_iterations, iterations: at the first rebuild of a video, and at every other.
         tolerance: see the reference.
         order: int32 [S, B, H, 2, N], contiguous, or nothing; ``offsets``: int32 [S, B, H, C + 2], with it.
+        tiles: launch configuration; None: what ``choose_tiles`` says.
 
     Returns:
         labels, int32 [B, H, 2, N]; unspecified where the flag is 0.
     """
     batch, heads, tokens, dim = q.shape
     clusters = centroids.shape[3]
-    tiles = choose_tiles(_capability(q.device), q.element_size())
+    tiles = tiles or choose_tiles(_capability(q.device), q.element_size())
     rows = batch * heads
-    rounded = torch.empty(rows, clusters, dim, dtype=q.dtype, device=q.device)
-    norms = torch.empty(rows, clusters, dtype=torch.float32, device=q.device)
-    sizes = torch.empty(rows, clusters, dtype=torch.int32, device=q.device)
     labels = torch.empty(batch, heads, 2, tokens, dtype=torch.int32, device=q.device)
-    progress = torch.zeros(
-        1 + max(first_iterations, iterations) * rows * 2, dtype=torch.int32, device=q.device
-    )
+    noted = 1 + max(first_iterations, iterations) * (2 + 2 * rows)
+    progress = torch.zeros(noted, dtype=torch.int32, device=q.device)
     chunks = triton.cdiv(tokens, tiles.tokens * tiles.turns)
     k_clusters = clusters - q_clusters
     buckets = _padded(triton.cdiv(max(q_clusters, k_clusters), tiles.owned))
+    places = (rows, 2, buckets * tiles.owned)
+    rounded = torch.empty(*places, dim, dtype=q.dtype, device=q.device)
+    norms = torch.empty(places, dtype=torch.float32, device=q.device)
+    sizes = torch.empty(places, dtype=torch.int32, device=q.device)
     table = torch.empty(rows, 2, chunks, buckets, dtype=torch.int32, device=q.device)
-    cluster_kernel[(_programs(q.device),)](
+    cluster_kernel[(_programs(q.device, tiles.programs),)](
         q, k, flags, ctl, counters, progress, centroids, rounded, norms, labels, table,
         torch.empty_like(labels), sizes, order, offsets, *q.stride()[:3], *k.stride()[:3],
         heads, rows, tokens, chunks, q_clusters, k_clusters, first_iterations, iterations, tolerance**2,
         D=dim, SIDES=_padded(2 * rows), TOKENS=tiles.tokens, CENTROIDS=tiles.centroids,
-        TURNS=tiles.turns, OWNED=tiles.owned, BUCKETS=buckets, MEMBERS=tiles.members, CHUNKS=tiles.chunks,
-        DEALT=tiles.dealt,
-        num_warps=tiles.num_warps, num_stages=tiles.num_stages, launch_cooperative_grid=True,
+        STEPS=fold_steps(tiles), TURNS=tiles.turns, OWNED=tiles.owned, BUCKETS=buckets,
+        MEMBERS=tiles.members, CHUNKS=tiles.chunks, DEALT=tiles.dealt,
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages, maxnreg=tiles.registers,
+        launch_cooperative_grid=True,
     )  # fmt: skip
     return labels
 
 
-def _programs(device: torch.device) -> int:
-    """Programs that wait for each other: one a multiprocessor, so that all are there at once.
+def _programs(device: torch.device, a_processor: int) -> int:
+    """Programs that wait for each other: so many a multiprocessor that all are there at once.
 
     A cooperative launch is refused, with an error, where they do not fit. Triton's interpreter runs one
     program after the other, so there it is one, which never waits.
     """
     if device.type != "cuda":
         return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return torch.cuda.get_device_properties(device).multi_processor_count * a_processor
 
 
 def _padded(size: int) -> int:
