@@ -37,7 +37,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from haste_compile.errors import InputError
 from haste_compile.kernels.layout import Ctl
-from haste_compile.kernels.variable_block_attention.work_lists import turns
+from haste_compile.kernels.variable_block_attention.work_lists import FOUND, turns
 
 #: Query tokens of a row tile, and key tokens of a step.
 BLOCK = 128
@@ -391,6 +391,7 @@ class Schedule:
         q_stages: tiles of Q; the second hides the gathering of the next Q and the store of the last output.
         in_turns: the consumers issue their products one after the other.
         workspace: bytes of key lists, None: ``work_lists.WORKSPACE_BYTES``; more of them, fewer turns.
+        found: which kernel makes the lists, see ``work_lists.turns``.
 
     Shared memory is (stages + q_stages / 2) · 4 · BLOCK · D bytes: 192 KB for the default.
     """
@@ -399,6 +400,7 @@ class Schedule:
     q_stages: int = 2
     in_turns: bool = True
     workspace: int | None = None
+    found: bool = FOUND
 
 
 def suits(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -442,7 +444,9 @@ def attend(
     out = torch.empty_like(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count
-    for turn in turns(order, offsets, mask, ctl, rows=BLOCK, workspace=schedule.workspace):
+    for turn in turns(
+        order, offsets, mask, ctl, rows=BLOCK, workspace=schedule.workspace, found=schedule.found
+    ):
         row_tiles = turn.heads * turn.most
         variable_block_attention_hopper[(min(row_tiles, processors),)](
             q, k, v, out, lse, order, ctl, turn.tiles, turn.counts, turn.lists,

@@ -54,4 +54,7 @@ VARIANTS: dict[str, Variant] = {
     "gluon, 1 GB of lists": Variant(
         _scheduled(hopper.Schedule(workspace=1 << 30)), (9,), confirmed=True
     ),
+    "gluon, lists copied": Variant(
+        _scheduled(hopper.Schedule(found=False)), (9,), confirmed=True
+    ),
 }  # fmt: skip

@@ -24,6 +24,10 @@ _DENSE = tl.constexpr(int(Ctl.DENSE))
 WORKSPACE_BYTES = 1 << 28
 #: What a program of ``key_lists_kernel`` copies: words of the map, and tokens of a cluster at a time.
 LIST_WORDS, LIST_TILE = 8, 128
+#: Places that a program of ``found_lists_kernel`` fills at a time.
+FOUND_TILE = 1024
+#: Whether that kernel makes the lists, or the other one.
+FOUND = True
 
 
 @triton.jit(do_not_specialize=["first"])
@@ -108,6 +112,58 @@ def key_lists_kernel(
         listed += tl.sum(kept_size, 0)
 
 
+@triton.jit(do_not_specialize=["first"])
+def found_lists_kernel(
+    order, offsets, mask, ctl, counts, lists, ends, first, all_heads, tokens, q_clusters, k_clusters, words,
+    CLUSTERS: tl.constexpr, HALVINGS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Grid (query clusters, heads of this turn): as ``key_lists_kernel``, every place looks for its cluster.
+
+    The kept sizes, added up, say where in the list each cluster ends; a dropped one ends where the one before
+    it does. The cluster of a place is the first that ends behind it: HALVINGS = log2(CLUSTERS) looks.
+
+    ends: int32 [heads of the turn, Cq, 2, CLUSTERS]: those ends, and how far a place in the order lies behind
+    that in the list.
+    """
+    row = tl.program_id(0)
+    head = first + tl.program_id(1)
+    state_head = tl.load(ctl + _SLOT).to(tl.int64) * all_heads + head
+    list_row = tl.program_id(1).to(tl.int64) * q_clusters + row
+    target = lists + list_row * tokens
+    item = tl.arange(0, TILE)
+    if tl.load(ctl + _DENSE) != 0:
+        count = tl.where(row == 0, tokens, 0)
+        for start in range(0, count, TILE):
+            tl.store(target + start + item, start + item, mask=start + item < count)
+        tl.store(counts + list_row, count)
+        return
+    begins = offsets + state_head * (q_clusters + k_clusters + 2) + q_clusters + 1
+    keys = order + (state_head * 2 + 1) * tokens
+    cluster = tl.arange(0, CLUSTERS)
+    real = cluster < k_clusters
+    bits = tl.load(mask + (state_head * q_clusters + row) * words + cluster // 32, mask=real, other=0)
+    begin = tl.load(begins + cluster, mask=real, other=0)
+    size = tl.load(begins + cluster + 1, mask=real, other=0) - begin
+    size = tl.where((bits >> cluster % 32) & 1 != 0, size, 0)
+    end = tl.cumsum(size, 0)
+    count = tl.sum(size, 0)
+    tl.store(counts + list_row, count)
+    ends += list_row * 2 * CLUSTERS
+    tl.store(ends + cluster, end)
+    tl.store(ends + CLUSTERS + cluster, begin - (end - size))
+    tl.debug_barrier()  # what other threads of the program stored is read now
+    for start in range(0, count, TILE):
+        place = start + item
+        inside = place < count
+        before = tl.zeros([TILE], tl.int32)  # clusters that end at or before the place
+        for halving in tl.static_range(HALVINGS):
+            step = CLUSTERS >> (halving + 1)
+            passed = tl.load(ends + before + (step - 1)) <= place
+            before = tl.where(passed, before + step, before)
+        shift = tl.load(ends + CLUSTERS + before)
+        tl.store(target + place, tl.load(keys + place + shift, mask=inside, other=0), mask=inside)
+
+
 @dataclasses.dataclass(frozen=True)
 class Turn:
     """The work of some heads.
@@ -129,8 +185,9 @@ class Turn:
 
 
 def turns(
-    order: Tensor, offsets: Tensor, mask: Tensor, ctl: Tensor, *, rows: int, workspace: int | None = None
-) -> Iterator[Turn]:
+    order: Tensor, offsets: Tensor, mask: Tensor, ctl: Tensor, *, rows: int, workspace: int | None = None,
+    found: bool = FOUND,
+) -> Iterator[Turn]:  # fmt: skip
     """Build the work lists of a few heads, again and again in the same memory, until all had their turn.
 
     Args:
@@ -138,6 +195,7 @@ def turns(
         mask: int32 [S, B, H, Cq, ceil(Ck / 32)]; ``ctl``: int32 [8].
         rows: tokens of a row tile.
         workspace: bytes that the key lists may take; None: ``WORKSPACE_BYTES``.
+        found: ``found_lists_kernel`` makes them; otherwise ``key_lists_kernel``.
     """
     batch, heads, _, tokens = order.shape[1:]
     q_clusters, words = mask.shape[3:]
@@ -149,17 +207,25 @@ def turns(
     counts = torch.empty(turn, q_clusters, dtype=torch.int32, device=order.device)
     lists = torch.empty(turn, q_clusters, tokens, dtype=torch.int32, device=order.device)
     padded, k_padded = (max(32, triton.next_power_of_2(n)) for n in (q_clusters, k_clusters))
+    ends = torch.empty(turn, q_clusters, 2, k_padded, dtype=torch.int32, device=order.device)
     for first in range(0, all_heads, turn):
         present = min(turn, all_heads - first)
         row_tiles_kernel[(present,)](
             offsets, ctl, tiles, first, all_heads, tokens, q_clusters, k_clusters, most,
             ROWS=rows, CLUSTERS=padded, num_warps=4,
         )  # fmt: skip
-        key_lists_kernel[(q_clusters, present, triton.cdiv(words, LIST_WORDS))](
-            order, offsets, mask, ctl, counts, lists,
-            first, all_heads, tokens, q_clusters, k_clusters, words,
-            CLUSTERS=k_padded, WORDS=LIST_WORDS, TILE=LIST_TILE, num_warps=4,
-        )  # fmt: skip
+        if found:
+            found_lists_kernel[(q_clusters, present)](
+                order, offsets, mask, ctl, counts, lists, ends,
+                first, all_heads, tokens, q_clusters, k_clusters, words,
+                CLUSTERS=k_padded, HALVINGS=k_padded.bit_length() - 1, TILE=FOUND_TILE, num_warps=4,
+            )  # fmt: skip
+        else:
+            key_lists_kernel[(q_clusters, present, triton.cdiv(words, LIST_WORDS))](
+                order, offsets, mask, ctl, counts, lists,
+                first, all_heads, tokens, q_clusters, k_clusters, words,
+                CLUSTERS=k_padded, WORDS=LIST_WORDS, TILE=LIST_TILE, num_warps=4,
+            )  # fmt: skip
         yield Turn(first, present, most, tiles, counts, lists)
 
 

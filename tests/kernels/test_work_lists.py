@@ -15,12 +15,15 @@ pytestmark = pytest.mark.usefixtures("nan_memory")
 SHAPES = [(1, 2, 900, 64, 3, 2), (2, 1, 700, 64, 4, 600)]
 
 
+@pytest.mark.parametrize("found", [False, True])
 @pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_lists_hold_the_kept_keys_in_order_and_tiles_every_query_once(shape: tuple[int, ...], dense: bool):
+def test_lists_hold_the_kept_keys_in_order_and_tiles_every_query_once(
+    shape: tuple[int, ...], dense: bool, found: bool
+):
     problem = Problem(shape, torch.float16)
     tokens, clusters = shape[2], shape[4]
-    (turn,) = work_lists.turns(*problem.slots(dense=dense), rows=128)
+    (turn,) = work_lists.turns(*problem.slots(dense=dense), rows=128, found=found)
     assert (turn.first, turn.heads) == (0, shape[0] * shape[1])
     of_key = labels(problem.order[:, :, 1], problem.offsets[:, :, clusters + 1 :]).flatten(0, 1)
     kept, order = problem.map.flatten(0, 1).to(of_key.device), problem.order.flatten(0, 1)
