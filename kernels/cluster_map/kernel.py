@@ -20,6 +20,9 @@ _SLOT = tl.constexpr(int(Ctl.SLOT))
 _COLUMNS = tl.constexpr(COUNTER_COLUMNS)
 _KEPT = tl.constexpr(int(Counter.KEPT))
 _KEPT_SUM = tl.constexpr(int(Counter.KEPT_SUM))
+#: Rows and columns of a tile of logits: products in float32 are no work for tensor cores, and the larger a
+#: thread's share is, the fewer loads a product takes.
+LOGITS_TILE = 64
 
 
 @triton.jit
@@ -130,10 +133,10 @@ def select_(
     _, batch, heads, q_clusters, words = mask.shape
     k_clusters, dim = centroids.shape[3] - q_clusters, centroids.shape[4]
     logits = torch.empty(batch * heads, q_clusters, k_clusters, dtype=torch.float32, device=mask.device)
-    tile = 32
+    tile = LOGITS_TILE
     logits_kernel[(triton.cdiv(q_clusters, tile), triton.cdiv(k_clusters, tile), batch * heads)](
         centroids, flags, ctl, logits, q_clusters, k_clusters, scale * math.log2(math.e),
-        D=dim, FEATURES=32, ROWS=tile, COLUMNS=tile, num_warps=4,
+        D=dim, FEATURES=32, ROWS=tile, COLUMNS=tile, num_warps=8,
     )  # fmt: skip
     padded = max(32, triton.next_power_of_2(k_clusters))
     select_kernel[(q_clusters, batch * heads)](
