@@ -4,6 +4,8 @@
     python -m benchmarks.svg2 --quick                        # correctness and a small timing: seconds
     python -m benchmarks.svg2 --json benchmarks/results/svg2-h200.json
     python -m benchmarks.svg2 --geometry "1.3B 720p" --top-p 0.5 --attention-only --forms triton gluon
+    python -m benchmarks.svg2 --geometry "1.3B 720p" --top-p 0.5 --floor 0.18    # density .25 or so
+    python -m benchmarks.svg2 --geometry "1.3B 720p" --top-p 0.5 --forms --clusterings "1 program"
 
 Queries and keys are drawn around a few hundred centres, since tokens without structure have no map worth
 having; so speeds are those of given densities, and no evidence of quality. Before anything is timed
@@ -18,7 +20,8 @@ limit first, and is left out with the reason when it fails there.
 
 All sides run in one process, interleaved, first calls excluded; medians. TFLOP/s count kept query-key pairs,
 4·D FLOP each. "fixed blocks" is the kernel under XAttention at the density that the map has. A rebuild that
-is not the first of its video starts from centroids that have drifted a little.
+is not the first of its video starts from centroids that have drifted a little. A refresh launches eight
+kernels, and the benchmark waits for every call; "replayed" is the same as a CUDA graph, without Python.
 
 Exit code: 0, 1 when a kernel is wrong, 2 when the machine cannot run the benchmark.
 """
@@ -52,12 +55,14 @@ from benchmarks.attention import (
     row,
 )
 from benchmarks.attention_sides import PROBE_SECONDS, in_child
+from benchmarks.interleaving import captured
 from haste_compile.config import HasteConfig
 from haste_compile.errors import DeviceError, HasteError
 from haste_compile.kernels import cluster_ops
 from haste_compile.kernels.block_mask import unpack_bits
 from haste_compile.kernels.cluster_map import reference as cluster_map
 from haste_compile.kernels.kmeans import reference as kmeans
+from haste_compile.kernels.kmeans.variants import VARIANTS as CLUSTERINGS
 from haste_compile.kernels.layout import Counter, Ctl
 from haste_compile.kernels.variable_block_attention.reference import labels as labels_of
 from haste_compile.kernels.variable_block_attention.variants import VARIANTS
@@ -120,7 +125,13 @@ class Site:
 
 
 def make_site(
-    heads: int, tokens: int, top_p: float, *, device: str = "cuda", dtype: torch.dtype = DTYPE
+    heads: int,
+    tokens: int,
+    top_p: float,
+    *,
+    floor: float = 0.1,
+    device: str = "cuda",
+    dtype: torch.dtype = DTYPE,
 ) -> Site:
     """Clustered q and k, Gaussian v, empty state."""
     generator = torch.Generator(device).manual_seed(0)
@@ -139,7 +150,8 @@ def make_site(
 
     q, k = tokens_around(), tokens_around()
     v = draw(1, tokens, heads, HEAD_DIM).to(dtype).transpose(1, 2)
-    config = HasteConfig.from_options({"predictor": "svg2", "top_p": top_p, "slots": 1, "reuse": "never"})
+    options = {"predictor": "svg2", "top_p": top_p, "slots": 1, "reuse": "never", "cluster_floor": floor}
+    config = HasteConfig.from_options(options)
     layouts = site_layouts(get_predictor("svg2"), tuple(q.shape), config)
     state = {
         name: torch.zeros(tuple(map(int, shape)), dtype=kind, device=device)
@@ -180,7 +192,7 @@ def check_state(site: Site, *, iterations: int) -> None:
         _demand(close, f"inertia {ours:.6g} beside the reference's {theirs:.6g}", "kmeans", site)
     sizes = [state["offsets"][:, end].diff().long() for end in ends]
     centroids = [state["centroids"][:, part] for part in parts]
-    least = -(-sizes[1].shape[1] // 10)
+    least = math.ceil(site.config.cluster_floor * sizes[1].shape[1] - 1e-9)
     top_p = site.state["top_p"][: site.heads]
     wanted_map = cluster_map.cluster_map(*centroids, sizes[1], top_p, scale=site.scale, least=least)
     kept, wanted_kept = (unpack_bits(bits, sizes[1].shape[1]) for bits in (state["mask"], wanted_map))
@@ -297,6 +309,8 @@ def compare(
     left_out: dict[str, str],
     *,
     forms: Sequence[str] | None = None,
+    clusterings: Sequence[str] = (),
+    floor: float = 0.1,
     attention_only: bool = False,
 ) -> list[Row]:
     """Check, then time, everything that a site does, or just its attention.
@@ -304,13 +318,15 @@ def compare(
     Args:
         left_out: gets the forms of attention that cannot run, name -> reason.
         forms: of attention, by their names in ``variants.py``, beside the one that a model gets; None: all.
+        clusterings: configurations of k-means by their names, beside the one that a model gets.
+        floor: share of the key clusters that every query cluster keeps.
     """
     from haste_compile.kernels.block_sparse_attention import dispatch as fixed_blocks
     from haste_compile.kernels.cluster_map import kernel as map_kernel
     from haste_compile.kernels.cluster_order import kernel as order_kernel
     from haste_compile.kernels.kmeans import kernel as kmeans_kernel
 
-    site = make_site(heads, tokens, top_p)
+    site = make_site(heads, tokens, top_p, floor=floor)
     state, q, k, v = site.state, site.q, site.k, site.v
     site.refresh(first=True)
     if not attention_only:
@@ -326,13 +342,17 @@ def compare(
     flags = torch.ones(1, heads, dtype=torch.int32, device="cuda")
     books = state["counters"].clone()
     books[..., Counter.REFRESHES] = 2
-    rows, least = state["mask"].shape[3], -(-(state["centroids"].shape[3] - state["mask"].shape[3]) // 10)
+    rows = state["mask"].shape[3]
+    least = math.ceil(floor * (state["centroids"].shape[3] - rows) - 1e-9)
 
-    def cluster(first: bool = False) -> Tensor:
+    order, offsets = state["order"].clone(), state["offsets"].clone()  # those of the map stay
+
+    def cluster(first: bool = False, name: str | None = None) -> Tensor:
         state["centroids"].copy_(drifted)
         return kmeans_kernel.cluster_(
             q, k, flags, state["ctl"], state["counters"] if first else books, state["centroids"],
-            q_clusters=rows, first_iterations=50, iterations=2, tolerance=0.0,
+            q_clusters=rows, first_iterations=50, iterations=2, tolerance=0.0, order=order, offsets=offsets,
+            tiles=None if name is None else CLUSTERINGS[name],
         )  # fmt: skip
 
     def rebuild(first: bool = False) -> None:
@@ -344,6 +364,12 @@ def compare(
         return cluster(first=True)
 
     labels = cluster()
+    alike = {name: (cluster(name=name) == labels).float().mean().item() for name in clusterings}
+    left_out |= {
+        f"cluster, {name}": f"{1 - share:.2%} of the labels differ"
+        for name, share in alike.items()
+        if share < 0.999
+    }
     calls: dict[str, Callable[[], object]] = {
         "dense SDPA": lambda: F.scaled_dot_product_attention(q, k, v),
         "fixed blocks, equal density": lambda: fixed_blocks.attend(
@@ -354,6 +380,11 @@ def compare(
     }  # fmt: skip
     rebuilding: dict[str, Callable[[], object]] = {
         "cluster, 2 iterations": cluster,
+        **{
+            f"cluster, {name}": functools.partial(cluster, name=name)
+            for name, share in alike.items()
+            if share >= 0.999
+        },
         "cluster, 50 iterations": first_cluster,
         "order": lambda: order_kernel.sort_(
             labels, flags, state["ctl"], state["order"], state["offsets"], q_clusters=rows
@@ -365,7 +396,10 @@ def compare(
         "refresh, every head rebuilds": rebuild,
         "refresh, every head reuses": lambda: site.refresh(reuse="freeze"),
     }  # fmt: skip
-    calls |= {} if attention_only else rebuilding
+    if not attention_only:
+        calls |= rebuilding
+        for name in ("refresh, every head rebuilds", "refresh, every head reuses"):
+            calls[f"{name}, replayed"] = _replayed(rebuilding[name], state["mask"])
     times = measure(calls, repeats)
     timed = [row(name, problem, times[name]) for name in calls]
     counted = {
@@ -374,6 +408,14 @@ def compare(
         **dict.fromkeys(errors, pairs),
     }
     return [_counted(r, counted[r.what], errors.get(r.what)) if r.what in counted else r for r in timed]
+
+
+def _replayed(call: Callable[[], object], result: Tensor) -> Callable[[], object]:
+    def with_result() -> Tensor:
+        call()
+        return result
+
+    return captured(with_result)[0]
 
 
 def _counted(timed: Row, pairs: int, error: float | None) -> Row:
@@ -395,6 +437,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=7, help="timed rounds, of which the median is shown")
     parser.add_argument("--quick", action="store_true", help="4 heads of 4,100 tokens, 3 rounds")
     parser.add_argument("--forms", nargs="*", help="of attention, as in variants.py; default: all of them")
+    parser.add_argument(
+        "--clusterings", nargs="+", default=(), choices=list(CLUSTERINGS), help="k-means configurations too"
+    )
+    parser.add_argument("--floor", type=float, default=0.1, help="share of key clusters that every row keeps")
     parser.add_argument("--attention-only", action="store_true", help="neither check nor time the rebuild")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
     options = parser.parse_args(arguments)
@@ -417,7 +463,8 @@ def main(arguments: list[str] | None = None) -> int:
                 where="benchmarks/svg2.py",
                 fix="Run it on a machine with a GPU; the tests cover the kernels on the CPU.",
             )
-        record: dict[str, Any] = {"environment": {**environment(), "centres": CENTRES}, "geometries": {}}
+        known = {**environment(), "centres": CENTRES, "floor": options.floor}
+        record: dict[str, Any] = {"environment": known, "geometries": {}}
         left_out: dict[str, str] = {}
         del record["environment"]["block"]
         print(", ".join(f"{key} {value}" for key, value in record["environment"].items()), flush=True)
@@ -425,7 +472,8 @@ def main(arguments: list[str] | None = None) -> int:
             for top_p in options.top_p:
                 rows = compare(
                     heads, tokens, top_p, options.repeats, left_out,
-                    forms=options.forms, attention_only=options.attention_only,
+                    forms=options.forms, clusterings=options.clusterings, floor=options.floor,
+                    attention_only=options.attention_only,
                 )  # fmt: skip
                 dense = rows[0].milliseconds
                 print(f"{name}, top_p {top_p:g}\n{HEADER} {'of dense':>9}")
