@@ -37,7 +37,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from haste_compile.errors import InputError
 from haste_compile.kernels.layout import Ctl
-from haste_compile.kernels.variable_block_attention.work_lists import FOUND, turns
+from haste_compile.kernels.variable_block_attention.work_lists import FOUND, SMALL_LAST, turns
 
 #: Query tokens of a row tile, and key tokens of a step.
 BLOCK = 128
@@ -391,7 +391,7 @@ class Schedule:
         q_stages: tiles of Q; the second hides the gathering of the next Q and the store of the last output.
         in_turns: the consumers issue their products one after the other.
         workspace: bytes of key lists, None: ``work_lists.WORKSPACE_BYTES``; more of them, fewer turns.
-        found: which kernel makes the lists, see ``work_lists.turns``.
+        found, small_last: which kernel makes the lists, and the order of the tiles; see ``work_lists.turns``.
 
     Shared memory is (stages + q_stages / 2) · 4 · BLOCK · D bytes: 192 KB for the default.
     """
@@ -401,6 +401,7 @@ class Schedule:
     in_turns: bool = True
     workspace: int | None = None
     found: bool = FOUND
+    small_last: bool = SMALL_LAST
 
 
 def suits(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -445,8 +446,9 @@ def attend(
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count
     for turn in turns(
-        order, offsets, mask, ctl, rows=BLOCK, workspace=schedule.workspace, found=schedule.found
-    ):
+        order, offsets, mask, ctl, rows=BLOCK, workspace=schedule.workspace, found=schedule.found,
+        small_last=schedule.small_last,
+    ):  # fmt: skip
         row_tiles = turn.heads * turn.most
         variable_block_attention_hopper[(min(row_tiles, processors),)](
             q, k, v, out, lse, order, ctl, turn.tiles, turn.counts, turn.lists,

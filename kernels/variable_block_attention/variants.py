@@ -55,6 +55,9 @@ VARIANTS: dict[str, Variant] = {
         _scheduled(hopper.Schedule(workspace=1 << 30)), (9,), confirmed=True
     ),
     "gluon, lists copied": Variant(
-        _scheduled(hopper.Schedule(found=False)), (9,), confirmed=True
+        _scheduled(hopper.Schedule(found=False, small_last=False)), (9,), confirmed=True
+    ),
+    "gluon, tiles in order": Variant(
+        _scheduled(hopper.Schedule(small_last=False)), (9,), confirmed=True
     ),
 }  # fmt: skip

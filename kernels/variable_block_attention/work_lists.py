@@ -28,17 +28,20 @@ LIST_WORDS, LIST_TILE = 8, 128
 FOUND_TILE = 1024
 #: Whether that kernel makes the lists, or the other one.
 FOUND = True
+#: Whether row tiles that are at most half full come last.
+SMALL_LAST = True
 
 
 @triton.jit(do_not_specialize=["first"])
 def row_tiles_kernel(
     offsets, ctl, tiles, first, all_heads, tokens, q_clusters, k_clusters, most,
-    ROWS: tl.constexpr, CLUSTERS: tl.constexpr,
+    ROWS: tl.constexpr, CLUSTERS: tl.constexpr, SMALL_LAST: tl.constexpr,
 ):  # fmt: skip
     """Grid (heads of this turn,): cut query clusters into tiles of at most ROWS tokens.
 
     tiles: int32 [heads of the turn, most, 3]: cluster, first and last + 1 place in the order; cluster -1
-    where there is no tile. In a dense step all tokens are one cluster.
+    where there is no tile. In a dense step all tokens are one cluster. SMALL_LAST: those of at most ROWS / 2
+    tokens follow on all others, since short work at the end leaves fewer multiprocessors idle.
     """
     head = first + tl.program_id(0)
     slot = tl.load(ctl + _SLOT).to(tl.int64)
@@ -49,10 +52,13 @@ def row_tiles_kernel(
     begin = tl.where(dense, 0, tl.load(begins, mask=inside, other=0))
     end = tl.where(dense, tl.where(cluster == 0, tokens, 0), tl.load(begins + 1, mask=inside, other=0))
     count = tl.where(inside, tl.cdiv(end - begin, ROWS), 0)
-    place = tl.cumsum(count, 0) - count
+    small = ((tl.cdiv(end - begin, ROWS // 2) % 2 == 1) & inside).to(tl.int32) * SMALL_LAST
+    large = count - small
+    place = tl.cumsum(large, 0) - large
+    last_place = tl.sum(large, 0) + tl.cumsum(small, 0) - small
     mine = tiles + tl.program_id(0) * most * 3
     for number in range(tl.max(count, 0)):
-        target = mine + (place + number) * 3
+        target = mine + tl.where(number < large, place + number, last_place) * 3
         tl.store(target, cluster, mask=number < count)
         tl.store(target + 1, begin + number * ROWS, mask=number < count)
         tl.store(target + 2, end, mask=number < count)
@@ -186,7 +192,7 @@ class Turn:
 
 def turns(
     order: Tensor, offsets: Tensor, mask: Tensor, ctl: Tensor, *, rows: int, workspace: int | None = None,
-    found: bool = FOUND,
+    found: bool = FOUND, small_last: bool = SMALL_LAST,
 ) -> Iterator[Turn]:  # fmt: skip
     """Build the work lists of a few heads, again and again in the same memory, until all had their turn.
 
@@ -196,6 +202,7 @@ def turns(
         rows: tokens of a row tile.
         workspace: bytes that the key lists may take; None: ``WORKSPACE_BYTES``.
         found: ``found_lists_kernel`` makes them; otherwise ``key_lists_kernel``.
+        small_last: see ``row_tiles_kernel``.
     """
     batch, heads, _, tokens = order.shape[1:]
     q_clusters, words = mask.shape[3:]
@@ -212,7 +219,7 @@ def turns(
         present = min(turn, all_heads - first)
         row_tiles_kernel[(present,)](
             offsets, ctl, tiles, first, all_heads, tokens, q_clusters, k_clusters, most,
-            ROWS=rows, CLUSTERS=padded, num_warps=4,
+            ROWS=rows, CLUSTERS=padded, SMALL_LAST=int(small_last), num_warps=4,
         )  # fmt: skip
         if found:
             found_lists_kernel[(q_clusters, present)](

@@ -97,7 +97,11 @@ def attention_requests(dim: int, dtype: str, cluster: float) -> list[Request]:
             num_warps=launch.num_warps,
             num_stages=launch.num_stages,
         ),
-        Request(kernel_name(work_lists.row_tiles_kernel), shared, {"ROWS": launch.rows, "CLUSTERS": 512}),
+        Request(
+            kernel_name(work_lists.row_tiles_kernel),
+            shared,
+            {"ROWS": launch.rows, "CLUSTERS": 512, "SMALL_LAST": 1},
+        ),
         Request(
             kernel_name(work_lists.key_lists_kernel),
             shared,

@@ -23,7 +23,7 @@ def test_lists_hold_the_kept_keys_in_order_and_tiles_every_query_once(
 ):
     problem = Problem(shape, torch.float16)
     tokens, clusters = shape[2], shape[4]
-    (turn,) = work_lists.turns(*problem.slots(dense=dense), rows=128, found=found)
+    (turn,) = work_lists.turns(*problem.slots(dense=dense), rows=128, found=found, small_last=found)
     assert (turn.first, turn.heads) == (0, shape[0] * shape[1])
     of_key = labels(problem.order[:, :, 1], problem.offsets[:, :, clusters + 1 :]).flatten(0, 1)
     kept, order = problem.map.flatten(0, 1).to(of_key.device), problem.order.flatten(0, 1)
@@ -45,3 +45,6 @@ def test_lists_hold_the_kept_keys_in_order_and_tiles_every_query_once(
         ]
         owners = [next(c for c, end in enumerate(ends) if place < end) for place in range(tokens)]
         assert sorted(places, key=lambda x: x[1]) == list(zip(owners, range(tokens), strict=True))
+        small = [end - begin <= 64 for _, begin, end in tiles]
+        assert small == sorted(small) or not found
+        assert found or [begin for _, begin, _ in tiles] == sorted(begin for _, begin, _ in tiles)
