@@ -138,3 +138,37 @@ def test_compile_times_are_summarised_by_medians() -> None:
     row = compile_time.summarise("whole", times)
     assert (row["dense_cpu_s"], row["haste_cpu_s"], row["cpu_ratio"]) == (12.0, 15.0, 1.25)
     assert (row["dense_wall_s"], row["haste_wall_s"], row["wall_ratio"]) == (5.0, 6.0, 1.2)
+
+
+def test_what_clusters_cost_is_what_was_recorded() -> None:
+    results = ROOT / "benchmarks/results"
+    timed = json.loads((results / "svg2-720p-h100.json").read_text(encoding="utf-8"))
+    parts = json.loads((results / "svg2-parts-h100.json").read_text(encoding="utf-8"))
+    rows = {row["what"]: row for row in timed["geometries"]["1.3B 720p"]["0.5"]}
+    dense = rows["dense SDPA"]["milliseconds"]
+    rebuild, reuse = (rows[f"refresh, every head {word}"]["milliseconds"] for word in ("rebuilds", "reuses"))
+    assert f"a rebuild {rebuild:.1f} ms, {100 * rebuild / dense:.1f} % of dense" in NOTEBOOK
+    replayed = parts["reuse_ms"]["replayed"]
+    assert f"{reuse:.2f} ms with Python's part, {replayed:.2f} as a graph" in NOTEBOOK
+    assert f"{100 * reuse / dense:.1f} % and {100 * replayed / dense:.2f} % of dense" in NOTEBOOK
+    rates = [rows[f"svg2 attention{form}"]["tflops"] for form in ("", ", gluon", ", gluon, 1 GB of lists")]
+    fixed = rows["fixed blocks, equal density"]["tflops"]
+    shares = [f"{100 * rate / fixed:.0f}" for rate in rates]
+    assert f"{shares[0]}–{shares[1]} % ({rates[0]:.0f}–{rates[1]:.0f} of {fixed:.0f} TFLOP/s)" in NOTEBOOK
+    assert f"| {shares[2]} % ({rates[2]:.0f}) |" in NOTEBOOK
+    before = parts["kmeans"]["1 program, unfolded"]
+    longest = {name: most for name, _, most in before["phases"]}
+    assert f"assign {longest['assign'] / 1000:.2f} ms, place {longest['place'] / 1000:.2f}" in NOTEBOOK
+    assert (
+        f"update {longest['update'] / 1000:.2f}" in NOTEBOOK and f"{before['iteration_ms']} ms;" in NOTEBOOK
+    )
+    folded = parts["kmeans"]["2 programs of 8 warps"]
+    assert f"{folded['phases'][1][2] / 1000:.2f} ms; an iteration {folded['iteration_ms']:.2f} ms" in NOTEBOOK
+    rate = {name: tflops for name, (_, tflops) in parts["attention"].items()}
+    assert f"alone does {rate['real']} TFLOP/s" in NOTEBOOK
+    assert f"{rate['full tiles, real keys']} where all row tiles are full" in NOTEBOOK
+    lists = parts["refresh"]["attention"]["key_lists_kernel"] / 1000
+    assert (
+        f"| {lists:.1f} ms, {100 * 1000 * lists / sum(parts['refresh']['attention'].values()):.0f} % of"
+        in NOTEBOOK
+    )
