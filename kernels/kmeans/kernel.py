@@ -3,10 +3,12 @@
 Whether a step is the first of a video, which heads rebuild at all, and whether centroids still move stands on
 the device, and the host never reads it. So the loop over iterations runs on the device too: as many programs
 as the device holds at once share the work of a phase, meet, and go on to the next one. Where no head rebuilds
-they leave before they ever meet. The phases of an iteration:
+they leave before they ever meet. What takes long is drawn from a counter, the longest first: no program waits
+long for another. The phases of an iteration:
 
-* ``assign`` streams the centroids past tiles of tokens and keeps a running minimum. It also counts how many
-  tokens of its chunk go to each *bucket*, some centroids that lie side by side.
+* ``assign`` streams the centroids past tiles of tokens and keeps a running minimum; one program of a
+  multiprocessor does so while another's products run. It also counts how many tokens of its chunk go to each
+  *bucket*, some centroids that lie side by side.
 * ``scan`` and ``place`` put the tokens into the order of their buckets, stably.
 * ``update`` gives a bucket to one program, which multiplies a 0/1 matrix of members with the bucket's tokens.
 
@@ -267,8 +269,8 @@ def cluster_kernel(
     """Grid: any number of programs that are all on the device at once.
 
     ``progress``, zeros: how many programs came to meetings so far; how many items of ``assign`` and of
-    ``update`` were drawn, [iterations, 2]; the largest step of a centroid, squared, [iterations, B·H, 2] as
-    the bits of fp32. Every program finds for itself which sides (queries or
+    ``update`` were drawn, [iterations, 2], and of ``sort``; the largest step of a centroid, squared,
+    [iterations, B·H, 2] as the bits of fp32. Every program finds for itself which sides (queries or
     keys of a head) have work, from what all wrote before a meeting, so all come to the same meetings.
     """
     PLACES: tl.constexpr = BUCKETS * OWNED
@@ -340,7 +342,7 @@ def cluster_kernel(
             )  # fmt: skip
         _meet(progress, 4 * iteration + 4)
 
-        shifts = progress + 1 + 2 * most + iteration * 2 * rows
+        shifts = progress + 2 + 2 * most + iteration * 2 * rows
         ends = tl.cumsum(tl.where(active, buckets, 0), 0)
         item = _draw(deals + 1)
         while item < tl.max(ends, 0):
@@ -367,9 +369,11 @@ def cluster_kernel(
         active = active & (iteration < until) & (moved > limit)
 
     if order is not None:
+        deals = progress + 1 + 2 * most
         ends = tl.cumsum(tl.where(rebuilds, buckets, 0), 0)
-        for item in range(tl.program_id(0), tl.max(ends, 0), tl.num_programs(0)):
-            head, of_keys, bucket = _locate(item, ends, rows)
+        item = _draw(deals)
+        while item < tl.max(ends, 0):
+            head, of_keys, bucket = _locate(tl.max(ends, 0) - 1 - item, ends, rows)
             side = head * 2 + of_keys
             begin, end = _bucket_of(table + side * chunks * BUCKETS, bucket, tokens, BUCKETS)
             cluster = bucket * OWNED + tl.arange(0, OWNED)
@@ -381,6 +385,7 @@ def cluster_kernel(
             tl.store(to + of_side, tokens, mask=bucket == 0)
             to = order + (slot * rows * 2 + side) * tokens
             _sort(placed + side * tokens, to, begin, end, next_place, DEALT, OWNED)
+            item = _draw(deals)
 
 
 def cluster_(
@@ -423,7 +428,7 @@ def cluster_(
     tiles = tiles or choose_tiles(_capability(q.device), q.element_size())
     rows = batch * heads
     labels = torch.empty(batch, heads, 2, tokens, dtype=torch.int32, device=q.device)
-    noted = 1 + max(first_iterations, iterations) * (2 + 2 * rows)
+    noted = 2 + max(first_iterations, iterations) * (2 + 2 * rows)
     progress = torch.zeros(noted, dtype=torch.int32, device=q.device)
     chunks = triton.cdiv(tokens, tiles.tokens * tiles.turns)
     k_clusters = clusters - q_clusters

@@ -198,6 +198,7 @@ def check_ties(tiles: Tiles, dtype: torch.dtype) -> None:
     labels = kernel.cluster_(
         site.q, site.k, flags, control().to(site.q.device), counters, site.centroids,
         q_clusters=9, first_iterations=1, iterations=1, tolerance=0.0, tiles=tiles,
+        order=site.order, offsets=site.offsets,
     )  # fmt: skip
     wanted = reference.assign(site.k[0].cpu(), start.cpu())[0]
     assert torch.equal(labels[0, 0, 1].cpu().long(), wanted)
