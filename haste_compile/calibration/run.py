@@ -177,7 +177,7 @@ class _Run:
         self._videos: dict[int, dict[str, Tensor]] = {}
 
     def finish(self) -> CalibrationProfile:
-        with contextlib.ExitStack() as stack, _deterministic():
+        with contextlib.ExitStack() as stack, deterministic():
             interceptions = {
                 name: stack.enter_context(Interception(transformer, self.plan.config, name))
                 for name, transformer in self.transformers.items()
@@ -195,6 +195,7 @@ class _Run:
         complete = len(measured) == len(units)
         if complete and self.plan.held_out:
             profile = build(self._compare(profile))
+        self.group.wait()  # the first rank removes the journal that the others read
         if self.group.first:
             profile.save(self.folder)
             if complete:
@@ -319,8 +320,11 @@ _CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 
 
 @contextlib.contextmanager
-def _deterministic() -> Iterator[None]:
-    """Ask torch for reproducible kernels, so that a resumed run repeats the bits of an unbroken one."""
+def deterministic() -> Iterator[None]:
+    """Ask torch for reproducible kernels, so that a resumed run repeats the bits of an unbroken one.
+
+    What is timed for a calibration runs under it, too: such kernels may be slower.
+    """
     before = torch.are_deterministic_algorithms_enabled()
     warn = torch.is_deterministic_algorithms_warn_only_enabled()
     filled = torch.utils.deterministic.fill_uninitialized_memory
