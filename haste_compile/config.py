@@ -141,15 +141,17 @@ class HasteConfig:
                 )
         preset = given.get("preset", cls.preset)
         _choice("preset", preset, tuple(PRESETS))
-        predictor = _predictor(given.get("predictor", cls.predictor))
-        values = {**predictor.defaults, **PRESETS[preset], **given}
+        brought: dict[str, Any] = {}
         if given.get("profile") is not None:
             from haste_compile.calibration.use import options_of
 
             brought = options_of(given)
-            values.update(
-                {name: v for name, v in brought.items() if name not in given or name.startswith("profile")}
-            )
+        # A profile's predictor comes with its defaults, as it does when the options name it.
+        predictor = _predictor(given.get("predictor", brought.get("predictor", cls.predictor)))
+        values = {**predictor.defaults, **PRESETS[preset], **given}
+        values.update(
+            {name: v for name, v in brought.items() if name not in given or name.startswith("profile")}
+        )
         for name in ("top_p", "delta"):
             if name in values:
                 values[name] = _freeze_table(name, values[name])

@@ -231,3 +231,14 @@ def test_a_warm_up_is_no_video(finished: Finished, caplog: pytest.LogCaptureFixt
             finished.pipe, dataclasses.replace(REQUEST, frames=21, steps=4), lambda _s: None, decode=False
         )
     assert "calibrated with 320 tokens" in caplog.text and "calibrated for 5 steps" not in caplog.text
+
+
+@pytest.mark.parametrize("named", [{}, {"predictor": "svg2"}])
+def test_a_profile_of_another_predictor_brings_its_defaults(
+    monkeypatch: pytest.MonkeyPatch, named: dict[str, Any]
+) -> None:
+    """Blocks are compiled with the options that the first config gives; both have to be one config."""
+    brought = {"predictor": "svg2", "profile": "folder", "profile_checksum": "0" * 64}
+    monkeypatch.setattr("haste_compile.calibration.use.options_of", lambda given: brought)
+    config = HasteConfig.from_options({"profile": "folder", **named})
+    assert config.predictor == "svg2" and HasteConfig.from_options(config.to_options()) == config
