@@ -10,6 +10,7 @@ passes replace L·H·K forwards. The products ⟨a, d⟩ of all heads also tell 
 from __future__ import annotations
 
 import hashlib
+import math
 from typing import Any
 
 import torch
@@ -32,7 +33,9 @@ def measure(interception: Interception, plan: Plan, unit: Unit, kept: dict[str, 
     device = next(interception.transformer.parameters()).device
     inputs = states.state_inputs(kept, unit, device)
     dense = interception.record(inputs, unit.state)
-    gradients = interception.output_gradients(inputs, _probes(dense, plan, unit))
+    scale = _probe_scale(dense)
+    probes = [probe * scale for probe in _probes(dense, plan, unit)]
+    gradients = interception.output_gradients(inputs, probes)
 
     layers = plan.experts[unit.expert].layers
     products, sparsity, stale = [], [], []
@@ -43,9 +46,9 @@ def measure(interception: Interception, plan: Plan, unit: Unit, kept: dict[str, 
         )
         interception.calls[block] = None  # its memory
         if watch is not None:
-            products.append(watch.products(by_attention, watch.changes))
+            products.append(watch.products(by_attention, watch.changes) / scale)
             sparsity.append(watch.sparsity())
-            stale.append(watch.products(by_attention, watch.stale_changes))
+            stale.append(watch.products(by_attention, watch.stale_changes) / scale)
     interception.forget()
     measured = {
         "products": torch.stack(products[::-1], 1).cpu(),
@@ -68,6 +71,15 @@ def _probes(dense: Tensor, plan: Plan, unit: Unit) -> list[Tensor]:
         )
         for _ in range(plan.settings.probes)
     ]
+
+
+def _probe_scale(dense: Tensor) -> float:
+    """The power of two that brings a probe's entries near 1; it changes no digit of the products.
+
+    A probe is relative to the norm of the output, so its entries are small, and gradients smaller still:
+    float16 would lose them.
+    """
+    return 2.0 ** round(math.log2(max(float(dense.float().norm()), 1.0)))
 
 
 def _ignore(_q: Tensor, _k: Tensor, _v: Tensor, _dense: Tensor) -> None:

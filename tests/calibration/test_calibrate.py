@@ -18,6 +18,7 @@ from tiny_calibration import OPTIONS, PROMPTS, REQUEST, SMALL, Finished
 import haste_compile
 from haste_compile import _torch, cli
 from haste_compile.calibration.cost import Seconds, estimate
+from haste_compile.calibration.gradient import _probe_scale
 from haste_compile.calibration.plan import interval_bounds, make_plan, served_steps
 from haste_compile.calibration.run import make_settings
 from haste_compile.calibration.settings import Settings
@@ -76,14 +77,29 @@ def test_image_to_video(tmp_path: Path) -> None:
     assert expert.sites == ("blocks.0.attn1", "blocks.1.attn1") and (expert.errors > 0).any()
 
 
-def test_bfloat16_weights(pipe: Any) -> None:
-    """Errors are summed in float32: those of bfloat16 weights are near those of float32."""
+@pytest.mark.parametrize(("dtype", "near"), [(torch.bfloat16, 0.5), (torch.float16, 0.05)])
+def test_half_precision_weights(pipe: Any, dtype: torch.dtype, near: float) -> None:
+    """Errors are summed in float32: those of narrower weights are near those of float32."""
     exact = calibrate(pipe, intervals=1, probes=16).experts["transformer"]
     half = tiny_wan.build_pipeline()
-    half.transformer.to(torch.bfloat16)
+    half.transformer.to(dtype)
     found = calibrate(half, intervals=1, probes=16).experts["transformer"]
-    np.testing.assert_allclose(found.errors.sum((0, 1)), exact.errors.sum((0, 1)), rtol=0.5)
+    np.testing.assert_allclose(found.errors.sum((0, 1)), exact.errors.sum((0, 1)), rtol=near)
     assert found.fingerprint.unknown(exact.fingerprint) == 0
+
+
+def test_probes_are_scaled_against_underflow(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power of two, taken out again: float32 gives the same bits, float16 would lose its gradients."""
+    scales = []
+
+    def scale(dense: torch.Tensor) -> float:
+        scales.append(_probe_scale(dense) / float(dense.norm()))
+        return 1.0
+
+    scaled = calibrate(pipe, intervals=1).experts["transformer"]
+    monkeypatch.setattr("haste_compile.calibration.gradient._probe_scale", scale)
+    np.testing.assert_array_equal(calibrate(pipe, intervals=1).experts["transformer"].errors, scaled.errors)
+    assert scales and all(0.7 < s < 1.5 for s in scales)
 
 
 def test_dense_layers_get_no_row(pipe: Any) -> None:
