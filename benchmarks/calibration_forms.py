@@ -10,7 +10,8 @@ Both forms measure every head and candidate at states of the same dense videos. 
   as a ratio gradient / exact with a bootstrap interval over states;
 * the time of either form, dense videos apart, since both need them.
 
-The exact form measures each head at one video only (HASTE); the gradient form sees every head at each.
+The exact form measures each head at one video only (HASTE); the gradient form sees every head at each. With
+one video, the default, both see the same states.
 """
 
 from __future__ import annotations
@@ -27,14 +28,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.calibration_rows import bootstrap_interval, environment, load
+from benchmarks.calibration_bench import environment, load
+from benchmarks.calibration_rows import bootstrap_interval
 from benchmarks.calibration_states import joint_error
 from haste_compile.calibration import exact, gradient
 from haste_compile.calibration.assemble import assemble
 from haste_compile.calibration.intercept import Interception
 from haste_compile.calibration.plan import Plan, make_plan
 from haste_compile.calibration.profile import CalibrationProfile
-from haste_compile.calibration.run import make_settings
+from haste_compile.calibration.run import deterministic, make_settings
 from haste_compile.calibration.states import record_video
 from haste_compile.config import HasteConfig
 from haste_compile.errors import HasteError
@@ -49,9 +51,10 @@ def compare(
         method: make_plan(pipe, prompts, request, config, make_settings(method=method, **settings))
         for method in ("gradient", "exact")
     }
-    fresh = make_plan(pipe, prompts, request, config, make_settings(**{**settings, "seed": 1_000_003}))
+    others = {**settings, "seed": 1_000_003, "videos": max(2, settings["videos"])}
+    fresh = make_plan(pipe, prompts, request, config, make_settings(**others))
     (name,) = plans["gradient"].experts
-    with Interception(pipe.transformer, config, name) as interception:
+    with deterministic(), Interception(pipe.transformer, config, name) as interception:
         videos = [
             _record(pipe, interception, plans["gradient"], i) for i in range(len(plans["gradient"].videos))
         ]
@@ -70,12 +73,11 @@ def compare(
             interception.forget()
             sites = {name: _sites(interception, plan, name)}
             profiles[method] = assemble(pipe, "model", plan, {name: pipe.transformer}, sites, measured)
-        unseen = [_record(pipe, interception, fresh, 0)]
-        states = [unit for unit in fresh.units() if unit.video == 0]
+        unseen = [_record(pipe, interception, fresh, i) for i in range(len(fresh.videos))]
         joint = {
             method: [
-                joint_error(interception, fresh, unit, unseen[0], profiles[method].experts[name])
-                for unit in states
+                joint_error(interception, fresh, unit, unseen[unit.video], profiles[method].experts[name])
+                for unit in fresh.units()
             ]
             for method in profiles
         }
@@ -133,12 +135,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--pool", type=Path, help="a prompt on each line; default: nano-wan's")
     parser.add_argument("--device", help="cpu or cuda; default: cuda where there is one")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="default: the device's")
-    parser.add_argument("--candidates", type=float, nargs="+", default=[0.6, 0.8, 0.95])
-    parser.add_argument("--budget", default="shared:0.8")
-    parser.add_argument("--videos", type=int, default=2)
+    parser.add_argument(
+        "--candidates", type=float, nargs="+", default=[0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.99]
+    )
+    parser.add_argument("--budget", default="shared:0.9")
+    parser.add_argument("--videos", type=int, default=1)
     parser.add_argument("--intervals", type=int, default=4)
-    parser.add_argument("--probes", type=int, default=4)
-    parser.add_argument("--branches", choices=("both", "conditional"), default="conditional")
+    parser.add_argument("--probes", type=int, default=8)
+    parser.add_argument("--branches", choices=("both", "conditional"), default="both")
     for size in ("steps", "height", "width", "frames"):
         parser.add_argument(f"--{size}", type=int, help="default: what suits the model")
     parser.add_argument("--json", type=Path, help="file for the figures")

@@ -14,6 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from benchmarks.calibration_rows import bootstrap_interval
+
 ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs" / "calibration.md"
 RESULTS = ROOT / "benchmarks" / "results"
@@ -21,14 +25,24 @@ PLOTS = ROOT / "docs" / "images"
 
 #: Part of the document -> record, and command that makes it.
 RECORDS = {
-    "study": ("calibration-study-cpu.json", "python -m benchmarks.calibration_study --small --no-plain"),
+    "study": (
+        "calibration-study-cpu.json",
+        "python -m benchmarks.calibration_study --small --no-plain --no-svg2 --no-times",
+    ),
     "study-gpu": (
         "calibration-study-gpu.json",
-        "python -m benchmarks.calibration_study --prompts 20 --seeds 2 --dtype float16",
+        "python -m benchmarks.calibration_study --prompts 20 --seeds 2 --dtype float16 --workers 8",
     ),
     "forms-gpu": ("calibration-forms-gpu.json", "python -m benchmarks.calibration_forms --dtype float16"),
     "cost-1.3b": ("calibration-cost-1.3b.json", "python -m benchmarks.calibration_cost --model 1.3b"),
-    "cost-14b": ("calibration-cost-14b.json", "python -m benchmarks.calibration_cost --model 14b"),
+    "cost-14b": (
+        "calibration-cost-14b.json",
+        "python -m benchmarks.calibration_cost --model 14b --height 480 --width 832",
+    ),
+    "cost-14b-720p": (
+        "calibration-cost-14b-720p.json",
+        "python -m benchmarks.calibration_cost --model 14b --blocks 4",
+    ),
 }
 
 
@@ -49,63 +63,141 @@ def fill(text: str) -> str:
     return text
 
 
+_TIMES = (
+    "Times are of one video alone, over dense just before it; *busy* is what the GPU spent in kernels. One "
+    "video of so small a model is bound by launches, so the first tells little."
+)
+
+
 def study(record: dict[str, Any], command: str) -> str:
     """Setting, table of rows, table of differences, and what else was measured."""
     setting = record["setting"]
-    videos = setting["prompts"] * setting["seeds"]
+    timed = any(row["seconds"] for row in record["rows"])
     lines = [
         f"`{command}`: {setting['prompts']} prompts × {setting['seeds']} seed(s) that calibration has not "
         f"seen, {setting['frames']} frames of {setting['height']}×{setting['width']}, {setting['steps']} "
         f"steps of which {record['options']['dense_steps']} are dense, shared τ = {setting['shared']:g}, "
-        f"candidates {', '.join(f'{c:g}' for c in setting['candidates'])}. {_where(record)}. Nothing is "
-        "compiled; times are ratios to dense in the same process, on a machine that did other things too.",
+        f"candidates {', '.join(f'{c:g}' for c in setting['candidates'])}, {setting['videos']} calibration "
+        f"video(s), {setting['probes']} probes a state; density was met on {setting['tuning']} other "
+        f"video(s). {_where(record)}. Nothing is compiled. " + (_TIMES if timed else "No times were taken."),
         "",
-        "| setting | density | masks rebuilt | PSNR mean, dB | worst | SSIM | latent error | time / dense |",
-        "|---|---|---|---|---|---|---|---|",
-        "| dense | 1.000 | – | equal | equal | 1.0000 | 0 | 1.00 |",
+        "| setting | density | masks rebuilt | PSNR mean, dB | worst | SSIM | latent error | time / dense "
+        "| busy |",
+        "|---|---|---|---|---|---|---|---|---|",
+        "| dense | 1.000 | – | equal | equal | 1.0000 | 0 | 1.00 | 1.00 |",
     ]
     for row in record["rows"]:
-        psnr = row["psnr"]
+        psnr, seconds = row["psnr"], row["seconds"] or {}
         lines.append(
             f"| {row['name']} | {row['density']:.3f} | {row['refresh_rate']:.0%} | "
             f"{_mean(psnr):.2f} | {min(psnr):.2f} | {_mean(row['ssim']):.4f} | "
-            f"{_mean(row['latent_error']):.4f} | "
-            f"{row['time_over_dense']:.2f} |"
+            f"{_mean(row['latent_error']):.4f} | {_ratio(seconds, '')} | {_ratio(seconds, 'busy_')} |"
         )
-    lines += [
-        "",
-        f"| difference, paired over {videos} videos | PSNR, dB | 95 % interval | in density |",
+    lines += ["", *_differences(record), "", *_assumptions(record)]
+    lines += [f"* Not measured: {what} ({why})" for what, why in record["failed"].items()]
+    return "\n".join(lines)
+
+
+#: Row, and the row that it is compared with.
+_PAIRS = (
+    ("+ TMR", "XAttention, shared τ"),
+    ("+ EBC", "XAttention, shared τ"),
+    ("EBC, shuffled over heads", "XAttention, shared τ"),
+    ("EBC, exact form", "XAttention, shared τ"),
+    ("EBC, quadratic allocation", "XAttention, shared τ"),
+    ("EBC, weighted by step", "XAttention, shared τ"),
+    ("EBC, plain squared error", "XAttention, shared τ"),
+    ("+ EBC", "EBC, exact form"),
+    ("+ EBC", "EBC, plain squared error"),
+    ("+ EBC + TMR", "XAttention, shared τ"),
+    ("+ EBC + TMR", "+ TMR"),
+    ("+ TMR", "freeze after warm-up"),
+    ("+ TMR", "interval"),
+    ("SVG2, shared τ", "XAttention, shared τ"),
+    ("SVG2 + EBC", "SVG2, shared τ"),
+    ("SVG2 + EBC", "+ EBC"),
+    ("SVG2 + EBC + TMR", "+ EBC + TMR"),
+)
+
+
+def _differences(record: dict[str, Any]) -> list[str]:
+    rows = {row["name"].split(" of ")[0]: row for row in record["rows"]}
+    lines = [
+        f"| difference, paired over {len(record['rows'][0]['psnr'])} videos | PSNR, dB | 95 % interval "
+        "| in density |",
         "|---|---|---|---|",
     ]
-    for name, found in record["differences"].items():
-        low, high = found["interval"]
+    for a, b in _PAIRS:
+        if a in rows and b in rows:
+            difference = np.array(rows[a]["psnr"]) - np.array(rows[b]["psnr"])
+            low, high = bootstrap_interval(difference)
+            lines.append(
+                f"| {rows[a]['name']} − {rows[b]['name']} | {difference.mean():+.2f} | "
+                f"[{low:+.2f}, {high:+.2f}] | {rows[a]['density'] - rows[b]['density']:+.3f} |"
+            )
+    return lines
+
+
+def _assumptions(record: dict[str, Any]) -> list[str]:
+    lines = []
+    if (overlap := record["overlap"]) is not None:
         lines.append(
-            f"| {name} | {found['psnr_db']:+.2f} | [{low:+.2f}, {high:+.2f}] | {found['density']:+.3f} |"
+            f"* Drift against mask overlap from one step to the next: Spearman {overlap['spearman']:.3f} "
+            f"over {overlap['pairs']:,} pairs (the paper: −0.757); with drift relative to the anchors "
+            f"{overlap['spearman_relative']:.3f}; within one head, over its steps, "
+            f"{overlap['spearman_within_heads']:.3f} (median)."
         )
-    overlap, joint = record["overlap"], record["joint"]
-    lines += [
-        "",
-        f"* Drift against mask overlap from one step to the next: Spearman {overlap['spearman']:.3f} over "
-        f"{overlap['pairs']:,} pairs (the paper: −0.757).",
-        f"* Joint error of all heads sparse, at {joint['states']} states: the additive sum predicts "
-        f"{joint['additive']:.3g}, the probes {joint['quadratic']:.3g}; measured "
-        f"{joint['measured_seen']:.3g} at the states of calibration, "
-        f"{joint['measured_unseen']:.3g} at others.",
-    ]
+    if (joint := record["joint"]) is not None:
+        lines.append(
+            f"* Joint error of all heads sparse, at {joint['states']} states: the additive sum predicts "
+            f"{joint['additive']:.3g}, the probes {joint['quadratic']:.3g}; measured "
+            f"{joint['measured_seen']:.3g} at the states of calibration, "
+            f"{joint['measured_unseen']:.3g} at others."
+        )
     if record["forms"] is not None:
         lines.append(
             "* Gradient against exact E over all heads and candidates: Spearman "
             f"{record['forms']['spearman']:.3f}."
         )
-    return "\n".join(lines)
+    return lines + _at_equal_time(record)
+
+
+def _at_equal_time(record: dict[str, Any]) -> list[str]:
+    """PSNR of SVG2 at XAttention's busy time, on straight lines between SVG2's rows of falling density."""
+    timed = {
+        row["name"]: (busy / row["seconds"]["busy_dense"], _mean(row["psnr"]))
+        for row in record["rows"]
+        if row["seconds"] and (busy := row["seconds"]["busy_sparse"])
+    }
+    first = timed.get("+ EBC + TMR")
+    second = sorted(point for name, point in timed.items() if name.startswith("SVG2 + EBC + TMR"))
+    if first is None or not second:
+        return []
+    what = (
+        f"* At equal time: XAttention + EBC + TMR keeps the GPU busy for {first[0]:.3f} of dense, "
+        f"at {first[1]:.2f} dB"
+    )
+    times = f"{second[0][0]:.3f} to {second[-1][0]:.3f}"
+    if not second[0][0] <= first[0] <= second[-1][0]:
+        return [f"{what}; SVG2 takes {times} at the densities that were run, so there is no equal time."]
+    found = float(np.interp(first[0], *np.transpose(second)))  # type: ignore[call-overload]
+    return [f"{what}; SVG2 takes {times} and comes to {found:.2f} dB at that time."]
+
+
+def _ratio(seconds: dict[str, float | None], kind: str) -> str:
+    """Sparse over dense, where both were measured."""
+    sparse, dense = seconds.get(f"{kind}sparse"), seconds.get(f"{kind}dense")
+    return "–" if sparse is None or dense is None else f"{sparse / dense:.2f}"
 
 
 def forms(record: dict[str, Any], command: str) -> str:
     """One sentence on agreement and cost."""
     low, high = record["joint_ratio_interval"]
+    setting = record["setting"]
     return (
-        f"`{command}`: {_where(record)}. Spearman {record['spearman']:.3f} over {record['heads']} heads × "
-        f"{len(record['candidates'])} candidates; joint error gradient / exact {record['joint_ratio']:.3f} "
+        f"`{command}`: {_where(record)}. {record['states']} states of {setting['videos']} video(s), "
+        f"{setting['probes']} probes a state. Spearman {record['spearman']:.3f} over {record['heads']} heads "
+        f"× {len(record['candidates'])} candidates; joint error gradient / exact {record['joint_ratio']:.3f} "
         f"[{low:.3f}, {high:.3f}] at unseen states; measuring took {record['seconds']['exact']:.1f} s in the "
         f"exact form and {record['seconds']['gradient']:.2f} s in the gradient form, "
         f"{record['cost_ratio']:.0f} times less."
@@ -113,13 +205,20 @@ def forms(record: dict[str, Any], command: str) -> str:
 
 
 def cost(record: dict[str, Any], command: str) -> str:
-    """One sentence on an estimate."""
+    """A few sentences on an estimate."""
     gradient, exact = (record["estimates"][name]["seconds"] / 60 for name in ("gradient", "exact"))
+    blocks, peak = record["blocks"], record["peak_bytes"]
+    part = (
+        ""
+        if blocks["timed"] == blocks["model"]
+        else f", timed on {blocks['timed']} of {blocks['model']} blocks"
+    )
+    memory = "" if peak is None else f" The parts needed {peak / 1e9:.0f} GB at most."
     return (
-        f"`{command}`: Wan 2.1 {record['model'].upper()} with random weights, {record['frames']} frames of "
-        f"{record['height']}×{record['width']}, {record['steps']} steps. {_where(record)}. One forward "
-        f"takes {record['seconds']['forward']:.2f} s, a probe's way back "
-        f"{record['seconds']['backward']:.2f} s. Estimate: {gradient:.0f} min in the gradient form, "
+        f"`{command}`: Wan 2.1 {record['model'].upper()} with random weights{part}, "
+        f"{record['frames']} frames of {record['height']}×{record['width']}, {record['steps']} steps. "
+        f"{_where(record)}. One forward takes {record['seconds']['forward']:.2f} s, a probe's way back "
+        f"{record['seconds']['backward']:.2f} s.{memory} Estimate: {gradient:.0f} min in the gradient form, "
         f"{exact:.0f} min in the exact form."
     )
 

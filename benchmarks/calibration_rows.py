@@ -2,60 +2,29 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import statistics
+import json
+import os
+import threading
 from collections.abc import Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from haste_compile import _torch, doctor
-from haste_compile.calibration.command import read_prompts
-from haste_compile.calibration.profile import CalibrationProfile
-from haste_compile.config import parse_options
-from haste_compile.evaluation.metrics import psnr_db, ssim
-from haste_compile.generation import Request, default_options, default_request, generate
-from haste_compile.loading import NANO_WAN, default_dtype, load_pipeline, pick_device
-from haste_compile.pipeline import optimize
-
-#: How near two densities have to be to be called equal.
-EQUAL_DENSITY = 0.005
-_TUNING_ROUNDS = 3
-#: Stands for the PSNR of equal videos.
-_EQUAL_DB = 200.0
-
-
-def load(args: argparse.Namespace) -> tuple[Any, list[str], Request, dict[str, Any]]:
-    """Pipeline, calibration prompts, request and backend options, from a script's arguments."""
-    model = args.model or NANO_WAN
-    device = pick_device(args.device)
-    dtype = getattr(torch, args.dtype) if args.dtype else default_dtype(device)
-    pipe = load_pipeline(model, device=device, dtype=dtype)
-    prompts = read_prompts(model, getattr(args, "pool", None))
-    sizes = {name: getattr(args, name) for name in ("steps", "height", "width", "frames")}
-    request = dataclasses.replace(
-        default_request(model), **{name: value for name, value in sizes.items() if value is not None}
-    )
-    options = {k: v for k, v in default_options(model).items() if k != "top_p"}
-    return pipe, prompts, request, {**options, **parse_options(getattr(args, "option", None) or [])}
-
-
-def environment(pipe: Any) -> dict[str, Any]:
-    """Device, dtype and versions."""
-    parameter = next(pipe.transformer.parameters())
-    return {
-        "device": doctor.device_name(parameter.device),
-        "dtype": str(pipe.transformer.dtype).removeprefix("torch."),
-        "versions": doctor.versions(),
-    }
+from benchmarks.calibration_bench import Together
+from benchmarks.calibration_workers import Workers
+from haste_compile.generation import Request
 
 
 @dataclasses.dataclass(frozen=True)
 class Figures:
-    """One setting over all videos; ``psnr``, ``ssim`` and ``latent_error`` have an entry for each."""
+    """One setting over all videos; ``psnr``, ``ssim`` and ``latent_error`` have an entry for each.
+
+    Attributes:
+        seconds: see ``Bench.seconds``; None where the row was not timed.
+    """
 
     name: str
     density: float
@@ -63,7 +32,7 @@ class Figures:
     psnr: np.ndarray
     ssim: np.ndarray
     latent_error: np.ndarray
-    time_over_dense: float
+    seconds: dict[str, float | None] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -75,113 +44,116 @@ class Figures:
 
     def __str__(self) -> str:
         return (
-            f"{self.name:28} {self.density:7.3f} {self.refresh_rate:7.3f}  {self.psnr.mean():7.2f} "
-            f"{self.psnr.min():7.2f}  {self.ssim.mean():.4f} {self.latent_error.mean():8.4f} "
-            f"{self.time_over_dense:8.2f}"
+            f"{self.name:32} {self.density:7.3f} {self.refresh_rate:7.3f}  {self.psnr.mean():7.2f} "
+            f"{self.psnr.min():7.2f}  {self.ssim.mean():.4f} {self.latent_error.mean():8.4f}"
         )
 
 
 class Rows:
-    """Runs settings over the evaluation videos, uncompiled on both sides.
+    """Has workers generate every evaluation video under one setting after another.
 
     Args:
-        options: of the backend, without thresholds.
-        folder: where profiles are put for the backend to read.
+        together: how many videos go through the pipeline as one batch.
+        record: where the rows are noted as soon as they are there.
+
+    Attributes:
+        figures: of every finished row, by name.
+        settings: what a row was run under.
     """
 
-    def __init__(self, pipe: Any, requests: Sequence[Request], options: dict[str, Any], folder: Path) -> None:
-        self.pipe, self.requests, self.options, self.folder = pipe, list(requests), options, folder
-        self.figures: list[Figures] = []
-        self._latents: list[np.ndarray] = []
-        self._videos: list[np.ndarray] = []
-        self._seconds: list[float] = []
-        self._tuning: tuple[Request, float] | None = None
+    def __init__(self, workers: Workers, requests: Sequence[Request], together: int, record: Record) -> None:
+        self.workers, self.requests, self.record = workers, list(requests), record
+        self.figures: dict[str, Figures] = {}
+        self.settings: dict[str, dict[str, Any]] = {}
+        numbered = list(enumerate(self.requests))
+        self._batches = [
+            tuple(zip(*numbered[i : i + together], strict=True)) for i in range(0, len(numbered), together)
+        ]
 
     def dense(self) -> None:
         """Generate the references."""
-        for request in self.requests:
-            run = generate(self.pipe, request, lambda _step: None, decode=False)
-            self._latents.append(run.video)
-            self._videos.append(decode(self.pipe, run.video))
-            self._seconds.append(run.seconds)
+        for future in self._submit("dense"):
+            future.result()
 
     def run(self, name: str, options: dict[str, Any]) -> Figures:
         """Generate every video under ``options``; a profile among them may be an object."""
-        psnr, similar, latent, times, density, refresh = [], [], [], [], [], []
-        for i, request in enumerate(self.requests):
-            latents, seconds, figures = self._generate(request, options)
-            video = decode(self.pipe, latents)
-            psnr.append(min(psnr_db(video, self._videos[i]), _EQUAL_DB))
-            similar.append(ssim(video, self._videos[i]))
-            reference = self._latents[i]
-            latent.append(float(np.linalg.norm(latents - reference) / np.linalg.norm(reference)))
-            times.append(seconds / self._seconds[i])
-            density.append(figures[0])
-            refresh.append(figures[1])
+        parts: list[Together] = [future.result() for future in self._submit("compare", options)]
+        videos = [len(numbers) for numbers, _ in self._batches]
         row = Figures(
             name,
-            statistics.fmean(density),
-            statistics.fmean(refresh),
-            np.array(psnr),
-            np.array(similar),
-            np.array(latent),
-            statistics.median(times),
+            float(np.average([part.density for part in parts], weights=videos)),
+            float(np.average([part.refresh_rate for part in parts], weights=videos)),
+            *(np.concatenate([getattr(part, field) for part in parts]) for field in _EACH),
         )
-        self.figures.append(row)
+        self.figures[name], self.settings[name] = row, options
+        self.record.row(row)
         print(row, flush=True)
         return row
 
-    def tune(self, request: Request, options: dict[str, Any]) -> None:
-        """Note the density of ``options`` on a tuning video, for ``at_equal_density``."""
-        self._tuning = request, self._generate(request, options)[2][0]
+    def time(self, names: Sequence[str], until: float) -> None:
+        """Time finished rows on the first video. To be called while nothing else runs.
 
-    def at_equal_density(self, profile: CalibrationProfile) -> CalibrationProfile:
-        """The profile with its budget moved until the tuning video has the noted density.
+        Args:
+            until: ``time.monotonic()`` after which no row is begun.
 
-        The budget counts densities at states of dense runs; what a sparse run realises is a little different.
+        Raises:
+            TimeoutError: some were not begun.
         """
-        if self._tuning is None:
-            raise RuntimeError("tune() comes first")
-        request, wanted = self._tuning
-        asked = float(np.mean([expert.density.mean() for expert in profile.experts.values()]))
-        dense_share = self.options.get("dense_steps", 0) / request.steps
-        for _ in range(_TUNING_ROUNDS):
-            found = self._generate(request, {"profile": profile, "reuse": "never"})[2][0]
-            if abs(found - wanted) <= EQUAL_DENSITY / 5:
-                break
-            asked += (wanted - found) / (1 - dense_share)
-            profile = profile.with_budget(f"density:{asked}")
-        return profile
+        rows = [self.settings[name] for name in names]
+        found = dict(zip(names, self.workers.call("seconds", self.requests[0], rows, until), strict=True))
+        for name, seconds in found.items():
+            self.figures[name] = dataclasses.replace(self.figures[name], seconds=seconds)
+            self.record.row(self.figures[name])
+        if left := [name for name, seconds in found.items() if seconds is None]:
+            raise TimeoutError("not begun: " + ", ".join(left))
 
-    def _generate(
-        self, request: Request, options: dict[str, Any]
-    ) -> tuple[np.ndarray, float, tuple[float, float]]:
-        """Latents, seconds, (density, refresh rate)."""
-        if isinstance(profile := options.get("profile"), CalibrationProfile):
-            profile.save(self.folder)
-            options = {**options, "profile": str(self.folder)}
-        with _torch.many_graphs(), optimize(self.pipe, inner="eager", **options) as handle:
-            handle.reset()
-            run = generate(self.pipe, request, lambda _step: None, decode=False)
-            found = list(handle.statistics().values())
-            handle.reset()
-        density = statistics.fmean(f.density for f in found)
-        return run.video, run.seconds, (density, statistics.fmean(f.refresh_rate for f in found))
+    def _submit(self, method: str, *args: Any) -> list[Future[Any]]:
+        return [self.workers.submit(method, numbers, requests, *args) for numbers, requests in self._batches]
 
 
-@torch.no_grad()
-def decode(pipe: Any, latents: np.ndarray) -> np.ndarray:
-    """The video of latents [C, F, H, W], float32 [F, H, W, 3] in [0, 1], by the pipeline's VAE."""
-    vae = pipe.vae
-    device = next(vae.parameters()).device
-    shape = (1, -1, 1, 1, 1)
-    mean, deviation = (
-        torch.tensor(values).view(shape).to(device, vae.dtype)
-        for values in (vae.config.latents_mean, vae.config.latents_std)
-    )
-    normal = torch.from_numpy(latents)[None].to(device, vae.dtype)
-    video = vae.decode(normal * deviation + mean, return_dict=False)[0]
-    return np.asarray(pipe.video_processor.postprocess_video(video, output_type="np")[0], np.float32)
+_EACH = ("psnr", "ssim", "latent_error")
+
+
+class Record:
+    """The study's figures, written anew whenever one is added, so that a run cut short keeps what it has.
+
+    Args:
+        path: of the JSON file; None: nothing is written.
+        order: names of the rows as they are to stand, up to the word "of".
+    """
+
+    def __init__(self, path: Path | None, order: Sequence[str]) -> None:
+        self.path, self._order = path, list(order)
+        self.content: dict[str, Any] = {"rows": [], "failed": {}}
+        self._lock = threading.Lock()
+
+    def add(self, **parts: Any) -> None:
+        with self._lock:
+            self.content |= parts
+            self._write()
+
+    def row(self, figures: Figures) -> None:
+        with self._lock:
+            rows = [row for row in self.content["rows"] if row["name"] != figures.name]
+            rows.append(figures.to_dict())
+            self.content["rows"] = sorted(rows, key=self._place)
+            self._write()
+
+    def failed(self, what: str, error: BaseException) -> None:
+        text = f"{type(error).__name__}: {error}"
+        with self._lock:
+            self.content["failed"][what] = text
+            self._write()
+        print(f"{what}: {text}", flush=True)
+
+    def _place(self, row: dict[str, Any]) -> int:
+        return self._order.index(row["name"].split(" of ")[0])
+
+    def _write(self) -> None:
+        if self.path is not None:
+            aside = self.path.with_name(f".{self.path.name}")
+            aside.write_text(json.dumps(self.content, indent=1) + "\n", encoding="utf-8")
+            os.replace(aside, self.path)
 
 
 def bootstrap_interval(

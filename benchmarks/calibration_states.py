@@ -73,14 +73,13 @@ def drift_and_overlap(pipe: Any, request: Request, options: dict[str, Any], top_
     """Spearman's correlation of drift and mask overlap from one step to the next, in a dense video.
 
     One pair for every step, guidance branch, layer and head: drift of the token means as temporal mask reuse
-    measures it, and intersection over union of the masks that XAttention builds.
+    measures it, and intersection over union of the masks that XAttention builds. Over all pairs, the same
+    with drift relative to the earlier means, and within one head of one branch (median over those).
     """
-    from scipy.stats import spearmanr
-
     config = HasteConfig.from_options({**options, "inner": "eager"})
     calls = 0
     last: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-    drifts, overlaps = [], []
+    found: dict[tuple[int, int], list[Tensor]] = {}  # of a branch and layer, [3, H] for every step
     branches = 2 if request.guidance > 1 else 1
 
     def attend(block: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -89,14 +88,15 @@ def drift_and_overlap(pipe: Any, request: Request, options: dict[str, Any], top_
             calls += 1
         heads = torch.full((q.shape[1],), top_p, device=q.device)
         bits = masks.build(q, k, heads, config)["mask"][0].cpu()
-        kept = unpack_bits(bits, -(-q.shape[2] // config.block_size))
-        means = torch.stack((masks.token_means(q), masks.token_means(k)), dim=2)
+        kept = unpack_bits(bits, -(-q.shape[2] // config.block_size))[0]
+        means = torch.stack((masks.token_means(q), masks.token_means(k)), dim=2)[0].cpu()
         key = (calls % branches, block)
         if key in last:
             before_means, before = last[key]
-            drifts.extend((means - before_means).abs().sum((-1, -2)).flatten().tolist())
+            drift = (means - before_means).abs().sum((-1, -2))
             both, either = (kept & before).sum((-1, -2)), (kept | before).sum((-1, -2))
-            overlaps.extend((both / either).flatten().tolist())
+            relative = drift / before_means.abs().sum((-1, -2))
+            found.setdefault(key, []).append(torch.stack((drift, relative, both / either)))
         last[key] = means, kept
         return attend_dense(block, q, k, v, scale)
 
@@ -104,9 +104,25 @@ def drift_and_overlap(pipe: Any, request: Request, options: dict[str, Any], top_
         interception.default = attend
         with interception.calling():
             generate(pipe, request, lambda _step: None, decode=False)
+    series = torch.stack([torch.stack(steps) for steps in found.values()]).double().numpy()
+    drift, relative, overlap = np.moveaxis(series, 2, 0)  # [branches · layers, steps, H] each
+    within = [
+        _spearman(drift[i, :, h], overlap[i, :, h]) for i in range(len(drift)) for h in range(drift.shape[2])
+    ]
     return {
-        "pairs": len(drifts),
-        "spearman": float(spearmanr(drifts, overlaps).statistic),
-        "overlap_median": float(np.median(overlaps)),
-        "drift_median": float(np.median(drifts)),
+        "pairs": drift.size,
+        "spearman": _spearman(drift, overlap),
+        "spearman_relative": _spearman(relative, overlap),
+        "spearman_within_heads": float(np.median(within)),
+        "overlap_median": float(np.median(overlap)),
+        "drift_median": float(np.median(drift)),
     }
+
+
+def _spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """Spearman's rank correlation; 0 where one of the two does not vary."""
+    from scipy.stats import spearmanr
+
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
+        return 0.0
+    return float(spearmanr(a.ravel(), b.ravel()).statistic)

@@ -28,13 +28,16 @@ def psnr_db(video: np.ndarray, reference: np.ndarray) -> float:
     return float(peak_signal_noise_ratio(a, b, data_range=1.0))
 
 
-def ssim(video: np.ndarray, reference: np.ndarray) -> float:
+def ssim(video: np.ndarray, reference: np.ndarray, *, device: torch.device | str = "cpu") -> float:
     """Structural similarity, mean over frames; 1 for equal videos.
+
+    Args:
+        device: where it is computed.
 
     Raises:
         InputError: the two are not videos of one shape with values in [0, 1].
     """
-    a, b = (x.permute(0, 3, 1, 2) for x in _as_tensors(video, reference))
+    a, b = (x.permute(0, 3, 1, 2).to(device) for x in _as_tensors(video, reference))
     value = structural_similarity_index_measure(a, b, data_range=1.0)
     assert isinstance(value, torch.Tensor)  # a tuple only when the full map is asked for
     return float(value)
