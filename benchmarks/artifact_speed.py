@@ -125,6 +125,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
             "gpu": torch.cuda.get_device_name(device),
             "torch": torch.__version__,
             "layers": args.layers,
+            "attention": manifest.extra.get("attention"),
             **size,
             **summary(times),
             "relative_error": worst,

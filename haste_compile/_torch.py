@@ -84,12 +84,20 @@ def flat_module(program: torch.export.ExportedProgram) -> fx.GraphModule:
 
 
 def aoti_package(program: torch.export.ExportedProgram, path: Path, *, metadata: Mapping[str, str]) -> None:
-    """Compile an exported program with AOTInductor into one ``.pt2`` file that carries ``metadata``."""
+    """Compile an exported program with AOTInductor into one ``.pt2`` file that carries ``metadata``.
+
+    The weights lie at the end of its shared library, which maps them. By default they would be assembled into
+    it, by a source that does not say that it needs no executable stack. So the library would demand one: all
+    stacks of the process become executable, and C libraries from glibc 2.41 on refuse to load it.
+    """
     import torch._inductor
 
-    torch._inductor.aoti_compile_and_package(
-        program, package_path=str(path), inductor_configs={"aot_inductor.metadata": dict(metadata)}
-    )
+    configs = {
+        "aot_inductor.metadata": dict(metadata),
+        "aot_inductor.force_mmap_weights": True,
+        "aot_inductor.use_consts_asm_build": False,
+    }
+    torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=configs)
 
 
 def aoti_load(path: Path, device: torch.device) -> Callable[..., Any]:

@@ -60,6 +60,7 @@ class CrossCompiled:
 
     Attributes:
         ptx, ttgir: the final assembly and the GPU dialect before lowering.
+        cubin: what the driver loads.
         shared: shared memory a block, bytes.
         registers: per thread, as ptxas allocated them (before ``setmaxnreg`` of a warp-specialised kernel).
         spill_bytes: local memory that ptxas spilled to, stores and loads together.
@@ -71,6 +72,7 @@ class CrossCompiled:
 
     ptx: str
     ttgir: str
+    cubin: bytes
     shared: int
     registers: int
     spill_bytes: int
@@ -190,6 +192,7 @@ def _compile(request: Request) -> CrossCompiled:
     return CrossCompiled(
         ptx=compiled.asm["ptx"],
         ttgir=compiled.asm["ttgir"],
+        cubin=compiled.asm["cubin"],
         shared=metadata["shared"],
         registers=max(map(int, registers)),
         spill_bytes=sum(map(int, spills)),

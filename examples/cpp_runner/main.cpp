@@ -15,7 +15,10 @@
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 #include <torch/csrc/jit/serialization/pickle.h>
 
+#include <dlfcn.h>
+
 #include <cstdint>
+#include <filesystem>
 #include <fstream>
 #include <iostream>
 #include <iterator>
@@ -76,10 +79,19 @@ std::vector<at::Tensor> fresh_state(const std::string& layout, at::Device device
   return state;
 }
 
+// For Hopper an artifact has a library beside it, with the attention kernel: wan.so of wan.pt2. Loading it makes
+// its operator known to PyTorch, which the package then finds by name.
+const std::string& with_library(const std::string& package) {
+  const auto library = std::filesystem::absolute(package).replace_extension(".so");
+  if (std::filesystem::exists(library) && dlopen(library.c_str(), RTLD_NOW) == nullptr)
+    throw std::runtime_error(std::string("cannot load the artifact's library: ") + dlerror());
+  return package;
+}
+
 // One transformer with the state of one video.
 class Transformer {
  public:
-  explicit Transformer(const std::string& path) : loader_(path), metadata_(loader_.get_metadata()) {
+  explicit Transformer(const std::string& path) : loader_(with_library(path)), metadata_(loader_.get_metadata()) {
     const bool cuda = entry(metadata_, "haste_device") == "cuda";
     device_ = at::Device(cuda ? at::kCUDA : at::kCPU);
     dense_steps_ = std::stoi(entry(metadata_, "haste_dense_steps"));

@@ -22,7 +22,8 @@ by position; thresholds are constants in it. It comes in four forms:
 * "named": ``haste::refresh_mask`` and ``haste::block_sparse_attention``, both without side effects: for
   formats that have operators of those names. Outputs: the sample, then the new state.
 * "plain": PyTorch's own operators alone (``kernels.functional``). Outputs as in "named".
-* "triton": the kernels that the ops launch on CUDA, launched by the graph itself. In place, as in "live".
+* "triton": the kernels that the ops launch on CUDA, launched by the graph itself, or attention by an operator
+  that ``native`` built. In place, as in "live".
 
 It returns ``Written``: the files it made, the versions that matter, and what it wants to find again.
 

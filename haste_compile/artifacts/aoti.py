@@ -1,25 +1,28 @@
 """AOTInductor: machine code in one ``.pt2`` file that runs from Python and from C++ without Python.
 
 On the CPU the "plain" form becomes C++: attention is dense under a mask, so that a step takes the time of a
-dense model and not less. On CUDA the "triton" form carries the live kernels along and skips what they skip.
+dense model and not less. On CUDA the "triton" form carries the live kernels along and skips what they skip;
+where attention is Hopper's Gluon kernel, in a shared library beside the package, ``wan.so`` of ``wan.pt2``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from haste_compile import _torch
+from haste_compile.artifacts import native
 from haste_compile.artifacts.base import Call, Written
 from haste_compile.artifacts.capture import Captured
 from haste_compile.artifacts.manifest import Manifest
 from haste_compile.errors import ArtifactVersionError, DeviceError, OptionError
 from haste_compile.loading import import_optional
 
-SUFFIX = ".pt2"
+SUFFIX, LIBRARY_SUFFIX = ".pt2", ".so"
 
 
 def write(captured: Captured, path: Path) -> Written:
@@ -28,18 +31,30 @@ def write(captured: Captured, path: Path) -> Written:
     Raises:
         OptionError: the path does not end in ``.pt2``, which AOTInductor insists on.
         DependencyError: triton is missing, on CUDA.
+        ArtifactError: the C++ compiler is missing or fails, on Hopper.
     """
     if path.suffix != SUFFIX:
         raise OptionError(
             found=repr(path.name), wanted=f"a name that ends in {SUFFIX}", where="path", fix="Rename it."
         )
-    extra = {}
-    if captured.device.type == "cuda":
-        import_optional("triton", extra="gpu")
-        extra["capability"] = list(torch.cuda.get_device_capability(captured.device))
-    program = captured.program("triton" if captured.device.type == "cuda" else "plain")
+    if captured.device.type == "cpu":
+        _torch.aoti_package(captured.program("plain"), path, metadata=_metadata(captured))
+        return Written((path,))
+    import_optional("triton", extra="gpu")
+    capability = torch.cuda.get_device_capability(captured.device)
+    extra: dict[str, Any] = {"capability": list(capability), "attention": "triton"}
+    files: tuple[Path, ...] = (path,)
+    operator = None
+    if native.suits(captured, capability):
+        library = path.with_suffix(LIBRARY_SUFFIX)
+        operator = native.build(captured.dtype, captured.specs[0].N, library)
+        native.load(operator, library)
+        native.declare(operator)
+        extra.update(attention="gluon", operator=operator)
+        files = (path, library)
+    program = captured.program("triton", operator=operator)
     _torch.aoti_package(program, path, metadata=_metadata(captured))
-    return Written((path,), extra=extra)
+    return Written(files, extra=extra)
 
 
 def open_(manifest: Manifest, path: Path, device: torch.device) -> Call:
@@ -65,6 +80,8 @@ def open_(manifest: Manifest, path: Path, device: torch.device) -> Call:
             where=f"the aoti artifact {path}",
             fix="Export it on a GPU of this kind.",
         )
+    if "operator" in manifest.extra:
+        native.load(manifest.extra["operator"], path.with_suffix(LIBRARY_SUFFIX))
     package = _torch.aoti_load(path, device)
 
     def call(inputs: Sequence[Tensor], state: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:

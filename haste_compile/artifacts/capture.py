@@ -85,8 +85,11 @@ class Captured:
     dtype: torch.dtype
     _live: fx.GraphModule
 
-    def module(self, form: Form) -> fx.GraphModule:
+    def module(self, form: Form, *, operator: str | None = None) -> fx.GraphModule:
         """The graph as a module that takes inputs and state by position; see the package for the forms.
+
+        Args:
+            operator: of ``torch.ops.haste_native``, which attends in the "triton" form.
 
         Raises:
             ArtifactError: the predictor's ops have no such form.
@@ -103,12 +106,13 @@ class Captured:
                 where=f"the {form!r} form of an exported graph",
                 fix="Export as 'torchscript', which keeps the ops, or with another predictor.",
             )
-        return _replace(self._live, refresh, attention, replacement)
+        options = {} if operator is None else {"operator": operator}
+        return _replace(self._live, refresh, attention, replacement, options)
 
-    def program(self, form: Form) -> torch.export.ExportedProgram:
+    def program(self, form: Form, *, operator: str | None = None) -> torch.export.ExportedProgram:
         """The same as an exported program."""
         with torch.no_grad():
-            return torch.export.export(self.module(form), self.examples)
+            return torch.export.export(self.module(form, operator=operator), self.examples)
 
 
 def capture(transformer: nn.Module, size: Size, vae_scales: tuple[int, int], config: HasteConfig) -> Captured:
@@ -213,9 +217,13 @@ def changing_fields(refresh: OpCall) -> list[str]:
 
 
 def _replace(
-    live: fx.GraphModule, refreshing: OpCall, attending: OpCall, replacement: _Replacement
+    live: fx.GraphModule,
+    refreshing: OpCall,
+    attending: OpCall,
+    replacement: _Replacement,
+    options: dict[str, Any],
 ) -> fx.GraphModule:
-    """A copy of the graph with other calls in place of the two ops.
+    """A copy of the graph with other calls in place of the two ops; ``options`` go to that of attention.
 
     Before:
         refresh = haste.refresh_mask_(q, k, ..., haste_0_mask, haste_0_anchors, haste_0_counters)
@@ -241,16 +249,18 @@ def _replace(
                     state.append(part)
         graph.erase_node(refresh)
         if replacement.attention is not None:
-            _replace_attention(graph, attention, replacement.attention)
+            _replace_attention(graph, attention, replacement.attention, options)
     (output,) = graph.find_nodes(op="output")
     output.args = ((*output.args[0], *state),)
     gm.recompile()
     return gm
 
 
-def _replace_attention(graph: fx.Graph, attention: fx.Node, target: Callable[..., Any]) -> None:
+def _replace_attention(
+    graph: fx.Graph, attention: fx.Node, target: Callable[..., Any], options: dict[str, Any]
+) -> None:
     with graph.inserting_before(attention):
-        out = graph.call_function(target, attention.args, attention.kwargs)
+        out = graph.call_function(target, attention.args, {**attention.kwargs, **options})
     for item in list(attention.users):
         item.replace_all_uses_with(out)
         graph.erase_node(item)

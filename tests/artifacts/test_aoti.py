@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
 import subprocess
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -64,6 +66,18 @@ def test_the_package_tells_a_cpp_program_its_state(package: Path):
     lines = metadata["haste_state"].splitlines()
     assert lines[0] == "haste_0_mask int32 4 1 2 5 1"
     assert [line.split()[0] for line in lines] == [layout.name for layout in found.state]
+
+
+def test_the_library_demands_no_executable_stack(package: Path):
+    """C libraries from glibc 2.41 on refuse one that does."""
+    with zipfile.ZipFile(package) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".so"))
+        library = archive.read(name)
+    (headers,) = struct.unpack_from("<Q", library, 32)
+    size, count = struct.unpack_from("<HH", library, 54)
+    kinds = dict(struct.unpack_from("<II", library, headers + i * size) for i in range(count))
+    writable, readable, gnu_stack = 2, 4, 0x6474E551
+    assert kinds[gnu_stack] == readable | writable
 
 
 def test_machine_code_is_for_one_kind_of_device(package: Path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from artifact_case import OPTIONS, denoise, export, inputs, relative_error
 from torch import Tensor
 
 import haste_compile
+from haste_compile.errors import ArtifactFileError
 from haste_compile.state import statistics
 
 pytestmark = [
@@ -26,8 +28,12 @@ pytestmark = [
 TOLERANCE = 3e-2
 
 
-def build() -> Any:
-    return tiny_wan.build_transformer().to("cuda", torch.bfloat16)
+#: What Hopper's kernel takes: a head dim of 128 and blocks of 128.
+FOR_HOPPER = {"num_attention_heads": 2, "attention_head_dim": 128}
+
+
+def build(**changes: Any) -> Any:
+    return tiny_wan.build_transformer(**changes).to("cuda", torch.bfloat16)
 
 
 def video(**changes: Any) -> dict[str, Any]:
@@ -42,7 +48,17 @@ def video(**changes: Any) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("aoti_cuda") / "tiny.pt2"
-    export("aoti", path, build())
+    assert export("aoti", path, build()).extra["attention"] == "triton"
+    return path
+
+
+@pytest.fixture(scope="module")
+def hopper_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs a Hopper GPU")
+    path = tmp_path_factory.mktemp("aoti_hopper") / "tiny.pt2"
+    manifest = export("aoti", path, build(**FOR_HOPPER), block_size=128)
+    assert manifest.extra["attention"] == "gluon" and list(manifest.files) == ["tiny.pt2", "tiny.so"]
     return path
 
 
@@ -80,8 +96,29 @@ def test_a_video_is_the_same_after_another(package: Path):
     assert torch.equal(denoise(runner, video()), first)
 
 
-def test_a_fresh_process_without_triton_draws_the_same_video(package: Path, tmp_path: Path):
-    """The kernels are in the package: nothing is compiled, so Triton need not be importable."""
+def test_hopper_s_kernel_draws_the_live_backend_s_video(hopper_package: Path):
+    torch._dynamo.reset()
+    options = {**OPTIONS, "block_size": 128}
+    live = torch.compile(build(**FOR_HOPPER), backend="haste", dynamic=False, options=options)
+    expected = denoise(live, video())
+    runner = haste_compile.load(hopper_package, trust=True)
+    assert relative_error(denoise(runner, video()), expected) < TOLERANCE
+    assert runner.statistics().density == pytest.approx(statistics(live).density, abs=0.05)
+
+
+def test_hopper_s_kernel_needs_its_library(hopper_package: Path, tmp_path: Path):
+    for name in ("tiny.pt2", "tiny.pt2.json"):
+        shutil.copy(hopper_package.with_name(name), tmp_path)
+    with pytest.raises(ArtifactFileError, match="found nothing there"):
+        haste_compile.load(tmp_path / "tiny.pt2", trust=True)
+
+
+@pytest.mark.parametrize("kind", ["package", "hopper_package"])
+def test_a_fresh_process_without_triton_draws_the_same_video(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest
+):
+    """The kernels are in the artifact: nothing is compiled, so Triton need not be importable."""
+    package: Path = request.getfixturevalue(kind)
     code = f"""
 import sys
 sys.modules["triton"] = None

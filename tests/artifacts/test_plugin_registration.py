@@ -181,7 +181,7 @@ def test_a_kernel_that_reads_a_hidden_argument_is_an_error() -> None:
     names = [f"token_sums_param_{i}" for i in range(5)]
     header = ",\n".join(f"\t.param .u64 .ptr .global .align 1 {name}" for name in names)
     source = f".visible .entry token_sums(\n{header}\n)\n{{\n\tld.param.b64 %rd1, [{names[4]}];\n}}"
-    compiled = CrossCompiled(source, "", 0, 32, 0, "", "", {}, "3.7.1")
+    compiled = CrossCompiled(source, "", b"", 0, 32, 0, "", "", {}, "3.7.1")
     spec = ptx.TensorSpec((1, 1, 64, 64), "bf16")
     launch = plugin.launch(q=spec, k=spec, capability=(9, 0))
     with pytest.raises(DependencyError, match="one more than its 4 arguments"):
