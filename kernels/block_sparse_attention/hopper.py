@@ -1,4 +1,4 @@
-"""Block-sparse attention for Hopper, Gluon: persistent, one producer warp, two consumer warp groups in turns.
+"""Block-sparse attention for Hopper, Gluon: persistent, one producer warp, two consumer warp groups.
 
 The same mathematics as ``kernel.py``, with the schedule written out that Triton's compiler does not find:
 
@@ -6,8 +6,8 @@ The same mathematics as ``kernel.py``, with the schedule written out that Triton
     consumer c   rows 64·c … 64·c + 63 of the tile; for every block j:
                      issue S = Q·Kⱼᵀ and O += P·Vⱼ₋₁  →  wait for S  →  softmax of S while P·V runs  →  P
 
-* Two consumers take turns at issuing their products (FlashAttention-3 §3.1 calls it ping-pong), so that one's
-  softmax runs under the other's products as well as under its own P·V.
+* A consumer's softmax runs under its own P·V and under the other's products. Taking turns at issuing products
+  (FlashAttention-3 §3.1 calls it ping-pong) is a variant; the consumers fall into step without it.
 * The list of a row is walked backwards. Indices ascend, so the one block that can reach past the last token
   comes first, outside of the loop, and no iteration pays for masking.
 * Tiles are fetched from a counter: a multiprocessor that got short rows takes more of them. Rows of a head
@@ -118,6 +118,18 @@ def _matrix(tile, D: gl.constexpr, ROWS: gl.constexpr):
 
 
 @gluon.jit
+def _lane_sums(weights):
+    """Sums [64, 4] of what each of the four threads of a row holds of it; put together once, at the end."""
+    return gl.sum(gl.sum(weights.reshape([64, 16, 4, 2]), 3), 1)
+
+
+@gluon.jit
+def _times_rows(sums, factor):
+    """[64, 4] times a factor a row, which every thread of the row has."""
+    return sums * gl.convert_layout(factor, gl.SliceLayout(1, sums.type.layout))[:, None]
+
+
+@gluon.jit
 def _consume(
     out, lse, q_tiles, k_tiles, v_tiles, number,
     q_full, q_empty, k_full, k_empty, v_full, v_empty, turns,
@@ -164,7 +176,7 @@ def _consume(
             scores = gl.where((keys < tokens)[None, :], scores, float("-inf"))
         row_max = gl.max(scores, 1) * scale_log2
         weights = gl.exp2(scores * scale_log2 - row_max[:, None])
-        row_sum = gl.sum(weights, 1)
+        row_sum = _lane_sums(weights)
         weights_16 = gl.convert_layout(weights.to(out.dtype), weight_layout)
         accumulator = gl.zeros([64, D], gl.float32, out_layout)
 
@@ -191,7 +203,7 @@ def _consume(
             new_max = gl.maximum(row_max, gl.max(scores, 1) * scale_log2)
             rescale = gl.exp2(row_max - new_max)
             weights = gl.exp2(scores * scale_log2 - new_max[:, None])
-            row_sum = row_sum * rescale + gl.sum(weights, 1)
+            row_sum = _times_rows(row_sum, rescale) + _lane_sums(weights)
             row_max = new_max
             # This wait is over: it is that of this block's values again. ptxas moves arithmetic across waits
             # for products but not across a loop, and would put all of the softmax after the next one.
@@ -207,16 +219,17 @@ def _consume(
             weights_16, _matrix(v_tiles.index(value_stage), D, 128), accumulator, is_async=True
         )
         block += 1
+        sums = gl.convert_layout(gl.sum(row_sum, 1), score_row)
         block_row = tile % query_blocks
         head_of_all = tile // query_blocks
         start = block_row * 128 + CONSUMER * 64
         rows = gl.arange(0, 64, layout=score_row)
         lse_at = lse + head_of_all.to(gl.int64) * tokens + start
-        gl.store(lse_at + rows, (row_max + gl.log2(row_sum)) * _LN_2, mask=rows < tokens - start)
+        gl.store(lse_at + rows, (row_max + gl.log2(sums)) * _LN_2, mask=rows < tokens - start)
         accumulator = warpgroup_mma_wait(0, deps=[accumulator])
         mbarrier.arrive(v_empty.index(value_stage))
 
-        result = accumulator * gl.convert_layout(1.0 / row_sum, out_row)[:, None]
+        result = accumulator * gl.convert_layout(1.0 / sums, out_row)[:, None]
         # Every warp has read its queries; none may still be writing the output of an earlier tile.
         _synchronise()
         queries.store(result.to(out.dtype))
@@ -328,7 +341,7 @@ class Schedule:
 
     stages: int = 2
     q_stages: int = 2
-    in_turns: bool = True
+    in_turns: bool = False
 
 
 def suits(q: Tensor, k: Tensor, v: Tensor, block: int) -> bool:

@@ -30,7 +30,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HOPPER = DEVICE == "cuda" and torch.cuda.get_device_capability()[0] == 9
 SCHEDULES = {
     "default": hopper.Schedule(),
-    "no turns": hopper.Schedule(in_turns=False),
+    "in turns": hopper.Schedule(in_turns=True),
     "3 stages": hopper.Schedule(stages=3, q_stages=1),
     "1 stage": hopper.Schedule(stages=1, q_stages=1),
 }
@@ -123,7 +123,7 @@ def test_the_model_sees_a_broken_schedule(line: str, instead: str, monkeypatch: 
     q, k, v, kept = (x.cpu() for x in problem(1, 2, 933, 64, torch.float32))
     exact, _ = reference.attend(q.double(), k.double(), v.double(), pack_bits(kept), block=128, scale=0.1)
     try:
-        out, _ = in_the_model(q, k, v, lists(kept), 0.1, 1, hopper.Schedule(), broken)
+        out, _ = in_the_model(q, k, v, lists(kept), 0.1, 1, hopper.Schedule(in_turns=True), broken)
     except RuntimeError as error:
         assert any(failure in str(error) for failure in gluon_model.FAILURES)
         return
@@ -155,7 +155,7 @@ CASES = [
     ("default", 128, "bf16", True),
     ("default", 128, "fp16", False),
     ("default", 64, "bf16", True),
-    ("no turns", 128, "bf16", True),
+    ("in turns", 128, "bf16", True),
     ("3 stages", 128, "bf16", True),
 ]
 
