@@ -48,12 +48,11 @@ DIM = 128
 _LOG2_E = gl.constexpr(1.4426950408889634)
 _LN_2 = gl.constexpr(0.6931471805599453)
 _DONE = gl.constexpr(-1)
-#: How far, in powers of two, a weight may exceed 1 before its row is rescaled: 256 is exact in bfloat16 and far
-#: from float16's largest number.
+#: How far, in powers of two, a weight may exceed 1 before its row is rescaled: far from float16's largest number.
 _SLACK = gl.constexpr(8.0)
 
-#: 64 numbers of a thread times the factors of its two rows, in turns of two; nothing where they are 1 in all of
-#: the warp. The branch is a warp's own, which Gluon has no word for.
+#: 64 numbers of a thread times the factors of its two rows, in turns of two; nothing where they are 1 in all
+#: of the warp. The branch is a warp's own, which Gluon has no word for.
 _RESCALE = gl.constexpr(
     "{ .reg .pred p, q; "
     "setp.neu.f32 p, $128, 0f3F800000; setp.neu.f32 q, $130, 0f3F800000; or.pred p, p, q; "

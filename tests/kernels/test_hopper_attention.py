@@ -103,6 +103,7 @@ def test_rows_whose_maximum_grows_are_rescaled_late_and_right() -> None:
     # The list is walked backwards: scores rise by less than the slack, often, and then by far more.
     q, k, v, _ = (x.cpu() for x in problem(1, 2, 1280, 64, torch.float32))
     levels = torch.tensor([60.0, 30.0, 5.0, 4.2, 3.3, 2.5, 1.7, 1.1, 0.6, 0.0])
+    q *= 0.1
     q[..., 0], k[..., 0] = 1.0, levels.repeat_interleave(128)
     kept = torch.ones(1, 2, 10, 10, dtype=torch.bool)
     out, lse = in_the_model(q, k, v, lists(kept), 1.0, 2, hopper.Schedule())
@@ -219,11 +220,11 @@ def test_no_release_overtakes_a_warp(
 def test_the_softmax_lies_under_the_products(
     case: tuple[Any, ...], compiled: dict[tuple[Any, ...], CrossCompiled]
 ) -> None:
-    # Machine code of the loop: both products, a wait for the first, 64 exponentials and one more for each of
-    # the two rows of a thread, a wait for the second.
+    # Machine code of the loop: both products, a wait for the first, 64 exponentials (and one more for each of
+    # the two rows of a thread, here or after it), a wait for the second.
     words = re.findall(r"HGMMA|WARPGROUP\.DEPBAR|MUFU\.EX2|MUFU\.RCP", compiled[case].sass)
     text = "".join({"H": "P", "W": "w", "M": "e"}[word[0]] if "RCP" not in word else "r" for word in words)
-    assert len(re.findall(r"P{16}we{66}w", text)) == 2
+    assert len(re.findall(r"P{16}we{64,66}w", text)) == 2
 
 
 def test_forms_say_what_they_run_on() -> None:
@@ -256,6 +257,7 @@ def test_hopper_gets_it() -> None:
 def test_on_hopper_rows_whose_maximum_grows_are_right() -> None:
     q, k, v, _ = problem(1, 2, 1280, 128, torch.bfloat16)
     levels = torch.tensor([60.0, 30.0, 5.0, 4.2, 3.3, 2.5, 1.7, 1.1, 0.6, 0.0], device=DEVICE)
+    q *= 0.1
     # Some rows only, so that those of one warp do not agree.
     q[..., 0] = (torch.arange(1280, device=DEVICE) % 5 == 0).to(q.dtype)
     k[..., 0] = levels.repeat_interleave(128).to(k.dtype)
