@@ -48,7 +48,7 @@ DIM = 128
 _LOG2_E = gl.constexpr(1.4426950408889634)
 _LN_2 = gl.constexpr(0.6931471805599453)
 _DONE = gl.constexpr(-1)
-#: How far, in powers of two, a weight may exceed 1 before its row is rescaled: far from float16's largest number.
+#: How far, in powers of two, a weight may exceed 1 before its row is rescaled; float16 ends at 2¹⁶.
 _SLACK = gl.constexpr(8.0)
 
 #: 64 numbers of a thread times the factors of its two rows, in turns of two; nothing where they are 1 in all
