@@ -231,6 +231,8 @@ class World:
             "warpgroup_mma": self._multiply, "warpgroup_mma_wait": self._wait_for_products,
             "fence_async_shared": self._fence,
             "_synchronise": lambda: None,
+            "_rescale": lambda out, factor, _layout: out * factor[:, None],
+            "_times_rows": lambda sums, factor: sums * factor[:, None],
         }  # fmt: skip
 
     def run(self, kernel: Callable[..., None], arguments: dict[str, Any]) -> None:
@@ -393,8 +395,11 @@ def launch(
         RuntimeError: a deadlock, a barrier with too many arrivals, or any error in a partition.
     """
     world = World(programs, seed)
-    names: dict[str, Any] = {**vars(module), **world.globals()}
+    replaced = world.globals()
+    names: dict[str, Any] = {**vars(module), **replaced}
     for name, value in vars(module).items():
+        if name in replaced:
+            continue
         if type(value).__name__ == "constexpr":
             names[name] = value.value
         elif type(value).__name__ == "GluonJITFunction":

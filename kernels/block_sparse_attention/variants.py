@@ -73,8 +73,8 @@ VARIANTS: dict[str, Variant] = {
         (9,), (128,), confirmed=True,
     ),
     "gluon": Variant(_scheduled(hopper.Schedule()), (9,), (128,), confirmed=True),
-    "gluon, no turns": Variant(
-        _scheduled(hopper.Schedule(in_turns=False)), (9,), (128,), confirmed=True
+    "gluon, in turns": Variant(
+        _scheduled(hopper.Schedule(in_turns=True)), (9,), (128,), confirmed=True
     ),
     "gluon, 3 stages": Variant(
         _scheduled(hopper.Schedule(stages=3, q_stages=1)), (9,), (128,), confirmed=True
