@@ -96,9 +96,12 @@ def _begin(x, stride_n, first, kept, rounded, norms, cluster, tokens, clusters, 
 
 
 @triton.jit
-def _halves(x):
-    """The left and the right half of the columns of x [R, C]."""
-    return tl.split(tl.permute(tl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), (0, 2, 1)))
+def _neighbours(x, WIDTH: tl.constexpr):
+    """Groups of WIDTH columns of x [R, C], taken two by two: all the left ones, and all the right ones."""
+    half: tl.constexpr = x.shape[1] // 2
+    pairs = tl.permute(tl.reshape(x, [x.shape[0], half // WIDTH, 2, WIDTH]), (0, 1, 3, 2))
+    left, right = tl.split(pairs)
+    return tl.reshape(left, [x.shape[0], half]), tl.reshape(right, [x.shape[0], half])
 
 
 @triton.jit
@@ -106,7 +109,9 @@ def _nearest(
     x, stride_n, rounded, norms, row, tokens, clusters,
     D: tl.constexpr, CENTROIDS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """Labels of the tokens ``row``. A tile of distances is folded STEPS times, half on half.
+    """Labels of the tokens ``row``. Neighbouring groups of a tile of distances are folded together, STEPS times.
+
+    So the left one is always of lower numbers than the right one, as ties to the lower number need it.
 
     Eight columns stay: on Hopper all of what is folded stands in the registers of one thread, and these hold
     one tile of distances instead of that, running minima and their numbers.
@@ -125,8 +130,8 @@ def _nearest(
         lowest = norm[None, :] - 2.0 * product
         fold = tl.broadcast_to((column // KINDS)[None, :], lowest.shape)
         for _ in tl.static_range(STEPS):
-            left, right = _halves(lowest)
-            of_left, of_right = _halves(fold)
+            left, right = _neighbours(lowest, KINDS)
+            of_left, of_right = _neighbours(fold, KINDS)
             closer = right < left  # false for an equal one further on
             lowest = tl.where(closer, right, left)
             fold = tl.where(closer, of_right, of_left)
@@ -178,14 +183,11 @@ def _scan(table, chunks, BUCKETS: tl.constexpr, CHUNKS: tl.constexpr):
 def _deal(which, begin, KINDS: tl.constexpr):
     """Where tokens go that are dealt, in turn, to the piles ``which``; ``begin``: a pile's next place.
 
-    How many tokens before a token go to a pile is a product of 0/1 matrices, which the tensor cores take and
-    half precision holds. Returns the places, and the next ones after them. A token of no pile gets place 0.
+    Returns the places, and the next ones after them. A token of no pile gets place 0.
     """
-    turn = tl.arange(0, which.shape[0])
-    goes = which[:, None] == tl.arange(0, KINDS)[None, :]
-    earlier = tl.dot((turn[None, :] < turn[:, None]).to(tl.float16), goes.to(tl.float16))
-    places = begin[None, :] + earlier.to(tl.int32)
-    return tl.sum(tl.where(goes, places, 0), 1), begin + tl.sum(goes.to(tl.int32), 0)
+    goes = (which[:, None] == tl.arange(0, KINDS)[None, :]).to(tl.int32)
+    places = begin[None, :] + tl.cumsum(goes, 0) - 1
+    return tl.sum(goes * places, 1), begin + tl.sum(goes, 0)
 
 
 @triton.jit

@@ -38,8 +38,8 @@ def choose_tiles(capability: int, element_size: int) -> Tiles:
     if element_size > 2:
         return Tiles(64, 32, 2, 32, 32, 2, 64, num_warps=4, num_stages=1)
     if capability == 90:
-        return Tiles(128, 64, 4, 32, 64, 64, 128, num_warps=8, num_stages=3, programs=2, registers=128)
-    return Tiles(64, 64, 8, 32, 64, 32, 64, num_warps=8, num_stages=2)
+        return Tiles(128, 64, 4, 32, 64, 64, 256, num_warps=8, num_stages=3, programs=2, registers=128)
+    return Tiles(64, 64, 8, 32, 64, 32, 128, num_warps=8, num_stages=2)
 
 
 def fold_steps(tiles: Tiles) -> int:

@@ -162,7 +162,7 @@ def test_every_kernel_fits_hopper_and_the_products_use_its_tensor_cores():
             assert "wgmma.mma_async" in compiled.ptx, request
 
 
-@pytest.mark.parametrize("name", ["2 programs of 4 warps", "3 programs of 4 warps"])
+@pytest.mark.parametrize("name", KMEANS)
 def test_so_many_programs_of_kmeans_fit_as_are_launched(name: str):
     request = kmeans_request(128, "bf16", tiles=KMEANS[name])
     assert_fits(request, compile_all([request])[0], KMEANS[name].programs)
