@@ -231,8 +231,8 @@ class World:
             "warpgroup_mma": self._multiply, "warpgroup_mma_wait": self._wait_for_products,
             "fence_async_shared": self._fence,
             "_synchronise": lambda: None,
-            "_rescale": lambda out, factor, _layout: out * factor[:, None],
-            "_times_rows": lambda sums, factor: sums * factor[:, None],
+            "rescale_rows": lambda out, factor, _layout: out * factor[:, None],
+            "times_rows": lambda sums, factor: sums * factor[:, None],
         }  # fmt: skip
 
     def run(self, kernel: Callable[..., None], arguments: dict[str, Any]) -> None:

@@ -8,8 +8,7 @@ The same mathematics as ``kernel.py``, with the schedule written out that Triton
 
 * A consumer's softmax runs under its own P·V and under the other's products. Taking turns at issuing products
   (FlashAttention-3 §3.1 calls it ping-pong) is a variant; the consumers fall into step without it.
-* The running maximum of a row stays while the true one is less than 2⁸ above it, and a warp whose 16 rows all
-  stay skips the rescaling of its outputs (FlashAttention-4's "lazy rescaling").
+* The running maximum of a row lags behind, and outputs are rarely rescaled (``hopper_softmax.py``).
 * The list of a row is walked backwards. Indices ascend, so the one block that can reach past the last token
   comes first, outside of the loop, and no iteration pays for masking.
 * Tiles are fetched from a counter: a multiprocessor that got short rows takes more of them. Rows of a head
@@ -39,6 +38,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from haste_compile.errors import InputError
 from haste_compile.kernels.block_mask import BlockMask
 from haste_compile.kernels.block_sparse_attention.kernel import check_inputs, tma_ready
+from haste_compile.kernels.hopper_softmax import SLACK, lane_sums, rescale_rows, times_rows
 
 #: Query tokens, and key tokens, of a tile.
 BLOCK = 128
@@ -48,19 +48,6 @@ DIM = 128
 _LOG2_E = gl.constexpr(1.4426950408889634)
 _LN_2 = gl.constexpr(0.6931471805599453)
 _DONE = gl.constexpr(-1)
-#: How far, in powers of two, a weight may exceed 1 before its row is rescaled; float16 ends at 2¹⁶.
-_SLACK = gl.constexpr(8.0)
-
-#: 64 numbers of a thread times the factors of its two rows, in turns of two; nothing where they are 1 in all
-#: of the warp. The branch is a warp's own, which Gluon has no word for.
-_RESCALE = gl.constexpr(
-    "{ .reg .pred p, q; "
-    "setp.neu.f32 p, $128, 0f3F800000; setp.neu.f32 q, $130, 0f3F800000; or.pred p, p, q; "
-    "vote.sync.any.pred p, p, 0xffffffff; @!p bra SKIP${:uid}; "
-    + " ".join(f"mul.f32 ${i}, ${i}, ${i + 128};" for i in range(64))
-    + " SKIP${:uid}: }"
-)
-_RESCALE_OPERANDS = gl.constexpr(",".join(["=f"] * 64 + [str(i) for i in range(64)] + ["f"] * 64))
 
 # One name in triton 3.6, another in 3.7: a barrier of the warps of a partition.
 _synchronise = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
@@ -133,27 +120,6 @@ def _matrix(tile, D: gl.constexpr, ROWS: gl.constexpr):
 
 
 @gluon.jit
-def _lane_sums(weights):
-    """Sums [64, 4] of what each of the four threads of a row holds of it; put together once, at the end."""
-    return gl.sum(gl.sum(weights.reshape([64, 16, 4, 2]), 3), 1)
-
-
-@gluon.jit
-def _times_rows(sums, factor):
-    """[64, 4] times a factor a row, which every thread of the row has."""
-    return sums * gl.convert_layout(factor, gl.SliceLayout(1, sums.type.layout))[:, None]
-
-
-@gluon.jit
-def _rescale(accumulator, factor, LAYOUT: gl.constexpr):
-    """[64, D] times a factor a row, in place."""
-    factors = gl.convert_layout(factor, gl.SliceLayout(1, LAYOUT))[:, None].broadcast_to([64, 128])
-    return gl.inline_asm_elementwise(
-        _RESCALE, _RESCALE_OPERANDS, [accumulator, factors], dtype=gl.float32, is_pure=False, pack=64
-    )
-
-
-@gluon.jit
 def _consume(
     out, lse, q_tiles, k_tiles, v_tiles, number,
     q_full, q_empty, k_full, k_empty, v_full, v_empty, turns,
@@ -200,7 +166,7 @@ def _consume(
             scores = gl.where((keys < tokens)[None, :], scores, float("-inf"))
         row_max = gl.max(scores, 1) * scale_log2
         weights = gl.exp2(scores * scale_log2 - row_max[:, None])
-        row_sum = _lane_sums(weights)
+        row_sum = lane_sums(weights)
         weights_16 = gl.convert_layout(weights.to(out.dtype), weight_layout)
         accumulator = gl.zeros([64, D], gl.float32, out_layout)
 
@@ -225,17 +191,17 @@ def _consume(
             scores = warpgroup_mma_wait(1, deps=[scores])
             mbarrier.arrive(k_empty.index(key_stage))
             block_max = gl.max(scores, 1) * scale_log2
-            new_max = gl.where(block_max > row_max + _SLACK, block_max, row_max)
+            new_max = gl.where(block_max > row_max + SLACK, block_max, row_max)
             rescale = gl.exp2(row_max - new_max)
             weights = gl.exp2(scores * scale_log2 - new_max[:, None])
-            row_sum = _times_rows(row_sum, rescale) + _lane_sums(weights)
+            row_sum = times_rows(row_sum, rescale) + lane_sums(weights)
             row_max = new_max
             # This wait is over: it is that of this block's values again. ptxas moves arithmetic across waits
             # for products but not across a loop, and would put all of the softmax after the next one.
             mbarrier.wait(v_full.index(value_stage), value_phase)
             accumulator = warpgroup_mma_wait(0, deps=[accumulator])
             mbarrier.arrive(v_empty.index(value_stage))
-            accumulator = _rescale(accumulator, rescale, out_layout)
+            accumulator = rescale_rows(accumulator, rescale, out_layout)
             weights_16 = gl.convert_layout(weights.to(out.dtype), weight_layout)
 
         value_stage = block % STAGES

@@ -109,7 +109,7 @@ def _nearest(
     x, stride_n, rounded, norms, row, tokens, clusters,
     D: tl.constexpr, CENTROIDS: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """Labels of the tokens ``row``. Neighbouring groups of a tile of distances are folded together, STEPS times.
+    """Labels of the tokens ``row``. Neighbouring groups of a tile of distances are folded, STEPS times.
 
     So the left one is always of lower numbers than the right one, as ties to the lower number need it.
 

@@ -36,6 +36,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from haste_compile.errors import InputError
+from haste_compile.kernels.hopper_softmax import SLACK, lane_sums, rescale_rows, times_rows
 from haste_compile.kernels.layout import Ctl
 from haste_compile.kernels.variable_block_attention.work_lists import FOUND, SMALL_LAST, turns
 
@@ -212,7 +213,7 @@ def _consume(
             scores = gl.where((column < count)[None, :], scores, float("-inf"))
             row_max = gl.max(scores, 1) * scale_log2
             weights = gl.exp2(scores * scale_log2 - row_max[:, None])
-            row_sum = gl.sum(weights, 1)
+            row_sum = lane_sums(weights)
             weights_16 = gl.convert_layout(weights.to(element), weight_layout)
             accumulator = gl.zeros([64, D], gl.float32, out_layout)
 
@@ -237,16 +238,17 @@ def _consume(
                     mbarrier.arrive(other_turn)
                 scores = warpgroup_mma_wait(1, deps=[scores])
                 mbarrier.arrive(k_empty.index(key_stage))
-                new_max = gl.maximum(row_max, gl.max(scores, 1) * scale_log2)
+                block_max = gl.max(scores, 1) * scale_log2
+                new_max = gl.where(block_max > row_max + SLACK, block_max, row_max)
                 rescale = gl.exp2(row_max - new_max)
                 weights = gl.exp2(scores * scale_log2 - new_max[:, None])
-                row_sum = row_sum * rescale + gl.sum(weights, 1)
+                row_sum = times_rows(row_sum, rescale) + lane_sums(weights)
                 row_max = new_max
                 # Over already: it keeps ptxas from putting the softmax after the products (see the sibling).
                 mbarrier.wait(v_full.index(value_stage), value_phase)
                 accumulator = warpgroup_mma_wait(0, deps=[accumulator])
                 mbarrier.arrive(v_empty.index(value_stage))
-                accumulator = accumulator * gl.convert_layout(rescale, out_row)[:, None]
+                accumulator = rescale_rows(accumulator, rescale, out_layout)
                 weights_16 = gl.convert_layout(weights.to(element), weight_layout)
 
             value_stage = block % STAGES
@@ -254,19 +256,20 @@ def _consume(
             fence_async_shared()
             accumulator = warpgroup_mma(weights_16, v_tiles.index(value_stage), accumulator, is_async=True)
             block += 1
+            sums = gl.convert_layout(gl.sum(row_sum, 1), score_row)
             order_of_head = order + (slot_heads + head) * 2 * tokens
             place = gl.minimum(start + gl.arange(0, 64, layout=score_row), end - 1)
             row = _in_order(order_of_head, place, sparse)
             inside = start + gl.arange(0, 64, layout=score_row) < end
             lse_of_head = lse + head.to(gl.int64) * tokens
-            gl.store(lse_of_head + row, (row_max + gl.log2(row_sum)) * _LN_2, mask=inside)
+            gl.store(lse_of_head + row, (row_max + gl.log2(sums)) * _LN_2, mask=inside)
             place = gl.minimum(start + gl.arange(0, 64, layout=copy_row), end - 1)
             row = _in_order(order_of_head, place, sparse)
             inside = start + gl.arange(0, 64, layout=copy_row) < end
             accumulator = warpgroup_mma_wait(0, deps=[accumulator])
             mbarrier.arrive(v_empty.index(value_stage))
 
-            result = accumulator * gl.convert_layout(1.0 / row_sum, out_row)[:, None]
+            result = accumulator * gl.convert_layout(1.0 / sums, out_row)[:, None]
             # Every warp has read its queries; none may still be writing the output of an earlier tile.
             _synchronise()
             queries.store(result.to(element))
@@ -390,7 +393,7 @@ class Schedule:
         stages: tiles of K, and of V, in shared memory.
         q_stages: tiles of Q; the second hides the gathering of the next Q and the store of the last output.
         in_turns: the consumers issue their products one after the other.
-        workspace: bytes of key lists, None: ``work_lists.WORKSPACE_BYTES``; more of them, fewer turns.
+        workspace: bytes of key lists; more of them, fewer turns of heads, each of which ends unevenly.
         found, small_last: which kernel makes the lists, and the order of the tiles; see ``work_lists.turns``.
 
     Shared memory is (stages + q_stages / 2) · 4 · BLOCK · D bytes: 192 KB for the default.
@@ -399,7 +402,7 @@ class Schedule:
     stages: int = 2
     q_stages: int = 2
     in_turns: bool = True
-    workspace: int | None = None
+    workspace: int = 1 << 30
     found: bool = FOUND
     small_last: bool = SMALL_LAST
 

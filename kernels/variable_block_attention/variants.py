@@ -51,8 +51,8 @@ VARIANTS: dict[str, Variant] = {
     "gluon, 3 stages": Variant(
         _scheduled(hopper.Schedule(stages=3, q_stages=1)), (9,), confirmed=True
     ),
-    "gluon, 1 GB of lists": Variant(
-        _scheduled(hopper.Schedule(workspace=1 << 30)), (9,), confirmed=True
+    "gluon, 256 MB of lists": Variant(
+        _scheduled(hopper.Schedule(workspace=1 << 28)), (9,), confirmed=True
     ),
     "gluon, lists copied": Variant(
         _scheduled(hopper.Schedule(found=False, small_last=False)), (9,), confirmed=True
