@@ -8,7 +8,7 @@ The same mathematics as ``kernel.py``, with the schedule written out that Triton
 
 * A consumer's softmax runs under its own P·V and under the other's products. Taking turns at issuing products
   (FlashAttention-3 §3.1 calls it ping-pong) is a variant; the consumers fall into step without it.
-* The running maximum of a row lags behind, and outputs are rarely rescaled (``hopper_softmax.py``).
+* Outputs are rescaled only where a maximum has grown, a warp at a time (``hopper_softmax.py``).
 * The list of a row is walked backwards. Indices ascend, so the one block that can reach past the last token
   comes first, outside of the loop, and no iteration pays for masking.
 * Tiles are fetched from a counter: a multiprocessor that got short rows takes more of them. Rows of a head
@@ -38,7 +38,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from haste_compile.errors import InputError
 from haste_compile.kernels.block_mask import BlockMask
 from haste_compile.kernels.block_sparse_attention.kernel import check_inputs, tma_ready
-from haste_compile.kernels.hopper_softmax import SLACK, lane_sums, rescale_rows, times_rows
+from haste_compile.kernels.hopper_softmax import lane_sums, rescale_rows, times_rows
 
 #: Query tokens, and key tokens, of a tile.
 BLOCK = 128
@@ -190,8 +190,7 @@ def _consume(
                 mbarrier.arrive(other_turn)
             scores = warpgroup_mma_wait(1, deps=[scores])
             mbarrier.arrive(k_empty.index(key_stage))
-            block_max = gl.max(scores, 1) * scale_log2
-            new_max = gl.where(block_max > row_max + SLACK, block_max, row_max)
+            new_max = gl.maximum(row_max, gl.max(scores, 1) * scale_log2)
             rescale = gl.exp2(row_max - new_max)
             weights = gl.exp2(scores * scale_log2 - new_max[:, None])
             row_sum = times_rows(row_sum, rescale) + lane_sums(weights)

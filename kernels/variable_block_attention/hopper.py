@@ -10,7 +10,7 @@ since neither the queries of a cluster nor the keys that it keeps lie side by si
   reads. Every producing thread's arrival is left to the barrier (``noinc``): it happens when the copies that
   the thread has issued are there, and no thread waits for them.
 * ``cp.async`` writes by the generic proxy and ``wgmma`` reads by the asynchronous one. A fence must lie on
-  the way from one to the other; it is the consumer's, after its wait, where taking turns hides it.
+  the way from one to the other; it is the consumer's, after its wait.
 * The tokens of the next 128 keys are loaded before the present ones are copied.
 * A list is walked backwards, so that the one tile that may be ragged comes first, outside of the loop. What
   is past the end of a list or of a cluster repeats its last token: it is masked, or not stored, and what
@@ -36,7 +36,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from haste_compile.errors import InputError
-from haste_compile.kernels.hopper_softmax import SLACK, lane_sums, rescale_rows, times_rows
+from haste_compile.kernels.hopper_softmax import lane_sums, rescale_rows, times_rows
 from haste_compile.kernels.layout import Ctl
 from haste_compile.kernels.variable_block_attention.work_lists import FOUND, SMALL_LAST, turns
 
@@ -238,8 +238,7 @@ def _consume(
                     mbarrier.arrive(other_turn)
                 scores = warpgroup_mma_wait(1, deps=[scores])
                 mbarrier.arrive(k_empty.index(key_stage))
-                block_max = gl.max(scores, 1) * scale_log2
-                new_max = gl.where(block_max > row_max + SLACK, block_max, row_max)
+                new_max = gl.maximum(row_max, gl.max(scores, 1) * scale_log2)
                 rescale = gl.exp2(row_max - new_max)
                 weights = gl.exp2(scores * scale_log2 - new_max[:, None])
                 row_sum = times_rows(row_sum, rescale) + lane_sums(weights)
@@ -401,7 +400,7 @@ class Schedule:
 
     stages: int = 2
     q_stages: int = 2
-    in_turns: bool = True
+    in_turns: bool = False
     workspace: int = 1 << 30
     found: bool = FOUND
     small_last: bool = SMALL_LAST

@@ -45,8 +45,8 @@ def _scheduled(schedule: hopper.Schedule) -> Attend:
 VARIANTS: dict[str, Variant] = {
     "triton": Variant(kernel.attend, (), confirmed=True),
     "gluon": Variant(_scheduled(hopper.Schedule()), (9,), confirmed=True),
-    "gluon, no turns": Variant(
-        _scheduled(hopper.Schedule(in_turns=False)), (9,), confirmed=True
+    "gluon, in turns": Variant(
+        _scheduled(hopper.Schedule(in_turns=True)), (9,), confirmed=True
     ),
     "gluon, 3 stages": Variant(
         _scheduled(hopper.Schedule(stages=3, q_stages=1)), (9,), confirmed=True

@@ -99,8 +99,8 @@ def test_the_schedule_computes_attention_and_ends(
     torch.testing.assert_close(lse.double(), exact_lse, rtol=0, atol=1e-5)
 
 
-def test_rows_whose_maximum_grows_are_rescaled_late_and_right() -> None:
-    # The list is walked backwards: scores rise by less than the slack, often, and then by far more.
+def test_rows_whose_maximum_grows_are_rescaled() -> None:
+    # The list is walked backwards: scores rise a little in every block, and then by far more.
     q, k, v, _ = (x.cpu() for x in problem(1, 2, 1280, 64, torch.float32))
     levels = torch.tensor([60.0, 30.0, 5.0, 4.2, 3.3, 2.5, 1.7, 1.1, 0.6, 0.0])
     q *= 0.1

@@ -31,7 +31,7 @@ from haste_compile.kernels.variable_block_attention.variants import VARIANTS  # 
 HOPPER = DEVICE == "cuda" and torch.cuda.get_device_capability()[0] == 9
 SCHEDULES = {
     "default": hopper.Schedule(),
-    "no turns": hopper.Schedule(in_turns=False),
+    "in turns": hopper.Schedule(in_turns=True),
     "3 stages": hopper.Schedule(stages=3, q_stages=1),
     "1 stage": hopper.Schedule(stages=1, q_stages=1),
 }
@@ -143,7 +143,7 @@ def test_the_model_sees_a_broken_schedule(line: str, instead: str, monkeypatch: 
     for shape in ((1, 2, 901, 64, 5, 40), (1, 1, 500, 64, 40, 30)):
         problem = Problem(shape, torch.float32, density=0.5 if shape[4] == 5 else 0.02)
         try:
-            out, _ = in_the_model(problem, 1, hopper.Schedule(), module=broken)
+            out, _ = in_the_model(problem, 1, hopper.Schedule(in_turns=True), module=broken)
         except RuntimeError as error:
             assert any(failure in str(error) for failure in gluon_model.FAILURES)
             out = torch.full_like(problem.q, float("nan"))
@@ -172,7 +172,7 @@ def request(name: str, dtype: str) -> Request:
     )  # fmt: skip
 
 
-CASES = [("default", "bf16"), ("default", "fp16"), ("no turns", "bf16"), ("3 stages", "bf16")]
+CASES = [("default", "bf16"), ("default", "fp16"), ("in turns", "bf16"), ("3 stages", "bf16")]
 
 
 @pytest.fixture(scope="module")
