@@ -25,10 +25,6 @@ PLOTS = ROOT / "docs" / "images"
 
 #: Part of the document -> record, and command that makes it.
 RECORDS = {
-    "study": (
-        "calibration-study-cpu.json",
-        "python -m benchmarks.calibration_study --small --no-plain --no-svg2 --no-times",
-    ),
     "study-gpu": (
         "calibration-study-gpu.json",
         "python -m benchmarks.calibration_study --prompts 20 --seeds 2 --dtype float16 --workers 8",

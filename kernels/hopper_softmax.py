@@ -4,8 +4,8 @@
 * A warp whose rows all keep their running maximum skips the rescaling of its outputs: a seventh of the loop's
   instructions, mostly for nothing, since late blocks seldom raise a maximum. The result has the same bits.
 
-FlashAttention-4 goes further, on Blackwell: its maximum lags behind by up to 2⁸. That was as fast here, and its
-error twice SDPA's where one key dominates, whose weight is then no longer 1, which is exact.
+FlashAttention-4 goes further, on Blackwell: its maximum lags behind by up to 2⁸. Here that was as fast, and
+its error twice SDPA's where one key dominates, whose weight is then no longer 1, which is exact.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny_wan
 import torch
@@ -21,6 +22,7 @@ from benchmarks import (
     calibration_report,
     calibration_study,
 )
+from benchmarks.calibration_rows import bootstrap_interval
 from haste_compile import cli
 from haste_compile.calibration.command import NANO_PROMPTS, NANO_SETTINGS
 from haste_compile.calibration.fingerprint import Fingerprint
@@ -40,6 +42,30 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_figures_are_the_records() -> None:
     assert calibration_report.fill(DOCUMENT) == DOCUMENT
     assert DOCUMENT.count("<!-- end -->") == len(calibration_report.RECORDS)
+
+
+def test_the_readme_s_figures_are_the_records() -> None:
+    readme = (calibration_report.ROOT / "README.md").read_text(encoding="utf-8")
+    records = {
+        name: json.loads((calibration_report.RESULTS / file).read_text(encoding="utf-8"))
+        for name, (file, _) in calibration_report.RECORDS.items()
+        if (calibration_report.RESULTS / file).is_file()
+    }
+    rows = {row["name"]: np.array(row["psnr"]) for row in records["study-gpu"]["rows"]}
+    gain = rows["+ EBC"] - rows["XAttention, shared τ"]
+    low, high = bootstrap_interval(gain)
+    minutes = [
+        records[f"cost-{model}"]["estimates"][form]["seconds"] / 60
+        for form in ("gradient", "exact")
+        for model in ("1.3b", "14b")
+    ]
+    for figure in (
+        f"On {len(gain)} videos of nano-wan",
+        f"{gain.mean():.1f} dB (95 % interval {low:.1f} to {high:.1f})",
+        f"{minutes[0]:.0f} minutes for Wan 2.1 1.3B, {minutes[1]:.0f} for 14B",
+        f"({minutes[2]:.0f} minutes and {minutes[3] / 60:.0f} hours",
+    ):
+        assert figure in " ".join(readme.split())
 
 
 def test_commands_run(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
