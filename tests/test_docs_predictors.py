@@ -75,6 +75,40 @@ def test_the_costs_on_a_gpu_are_the_recorded_ones() -> None:
         assert re.search(rf"^\| {kind}.*\| {re.escape(' | '.join(found))} \|$", DOC, re.M), kind
 
 
+def test_the_costs_of_the_present_kernels_are_the_recorded_ones() -> None:
+    def read(name: str) -> dict[str, dict[str, float]]:
+        path = ROOT / f"benchmarks/results/svg2-{name}-h100.json"
+        rows = json.loads(path.read_text(encoding="utf-8"))["geometries"]["1.3B 720p"]["0.5"]
+        return {row["what"]: row for row in rows}
+
+    rows, later = read("720p"), read("density25")
+    time = {what: row["milliseconds"] for what, row in rows.items()}
+    for word, goal in (("rebuild", "6 %"), ("reuse", "1 %")):
+        eager, replayed = (
+            100 * time[f"refresh, every head {word}s{how}"] / time["dense SDPA"] for how in ("", ", replayed")
+        )
+        assert re.search(
+            rf"^\| {word}.* over dense \| {goal} \| {replayed:.2f} % \| {eager:.1f} % \|$", DOC, re.M
+        )
+    two, fifty = (time[f"cluster, {count} iterations"] for count in (2, 50))
+    assert f"| {two:.2f} ms; {fifty:.1f} ms |" in DOC
+    fixed, none, turns = (
+        rows[what]["tflops"]
+        for what in (
+            "fixed blocks, equal density",
+            "svg2 attention, gluon, no turns",
+            "svg2 attention, gluon",
+        )
+    )
+    assert (
+        f"| {none / fixed:.2f} ({none:.0f} of {fixed:.0f} TFLOP/s); {turns / fixed:.2f} ({turns:.0f})" in DOC
+    )
+    assert f"error {rows['svg2 attention, gluon, no turns']['error']:.2f} times" in DOC
+    fixed = later["fixed blocks, equal density"]["tflops"]
+    large = later["svg2 attention, gluon, 1 GB of lists"]["tflops"]
+    assert f"| {large / fixed:.2f} ({large:.0f} of {fixed:.0f}): missed |" in DOC
+
+
 def test_the_comparison_on_nano_wan_is_the_recorded_run() -> None:
     recorded = json.loads((ROOT / "benchmarks/results/hosts-cpu.json").read_text(encoding="utf-8"))
     assert list(recorded["rows"]) == ["never"] and set(recorded["rows"]["never"]) == set(PREDICTORS)
