@@ -187,3 +187,12 @@ def test_demo_figures_are_the_recorded_run() -> None:
         f"{recorded['haste_seconds']:.1f} s sparse",
     ):
         assert figure in section
+    on_gpu = json.loads((ROOT / "benchmarks/results/demo-h100.json").read_text(encoding="utf-8"))
+    assert all(on_gpu["checks"].values())
+    for figure in (f"density {on_gpu['density']:.1%}", f"{on_gpu['psnr_db']:.2f} dB"):
+        assert figure in section
+    held_out = json.loads((ROOT / "haste_compile/assets/nano_wan_profile/profile.json").read_text())[
+        "held_out"
+    ]
+    worst, best = sorted(video["psnr_db"] for video in held_out["videos"])
+    assert f"{best:.1f} and {worst:.1f} dB" in " ".join(section.split())
