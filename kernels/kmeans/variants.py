@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from haste_compile.kernels.kmeans.launch import Tiles
+import dataclasses
+
+from haste_compile.kernels.kmeans.launch import Tiles, choose_tiles
+
+_HOPPER = choose_tiles(90, element_size=2)
 
 #: For Hopper and elements of two bytes.
 VARIANTS: dict[str, Tiles] = {
-    "2 programs": Tiles(128, 64, 4, 32, 64, 64, 256, num_warps=8, num_stages=3, programs=2, registers=128),
-    "1 program": Tiles(128, 64, 4, 32, 64, 64, 256, num_warps=8, num_stages=3),
+    "2 programs": _HOPPER,
+    "1 program": dataclasses.replace(_HOPPER, programs=1, registers=None),
 }
