@@ -374,8 +374,8 @@ class World:
         return before
 
     def _load(self, pointer: Pointer, mask: Any = None, other: int = 0) -> Any:
-        if mask is None:
-            return Index(pointer.memory[pointer.offset])
+        if mask is None or isinstance(mask, bool):
+            return Index(pointer.memory[pointer.offset]) if mask is not False else other
         inside = torch.as_tensor(mask).expand(pointer.offset.shape)
         found = torch.full(pointer.offset.shape, other, dtype=pointer.memory.dtype)
         found[inside] = pointer.memory[pointer.offset[inside]]

@@ -1,8 +1,9 @@
-"""Block-sparse attention for Hopper, Gluon: persistent, one producer warp, two consumer warp groups.
+"""Block-sparse attention for Hopper, Gluon: persistent, two warps that fetch, two warp groups that compute.
 
 The same mathematics as ``kernel.py``, with the schedule written out that Triton's compiler does not find:
 
-    producer     tile number → shared memory; Q, then for every kept block K and V, by TMA
+    scheduler    the next tile and where its list ends → shared memory, a tile ahead
+    producer     Q, then for every kept block K and V, by TMA
     consumer c   rows 64·c … 64·c + 63 of the tile; for every block j:
                      issue S = Q·Kⱼᵀ and O += P·Vⱼ₋₁  →  wait for S  →  softmax of S while P·V runs  →  P
 
@@ -12,7 +13,7 @@ The same mathematics as ``kernel.py``, with the schedule written out that Triton
 * The list of a row is walked backwards. Indices ascend, so the one block that can reach past the last token
   comes first, outside of the loop, and no iteration pays for masking.
 * Tiles are fetched from a counter: a multiprocessor that got short rows takes more of them. Rows of a head
-  follow each other, so that its K and V stay in L2.
+  follow each other, so that its K and V stay in L2; the last ones go by length (``tail_order.py``).
 * The output leaves through the shared memory of the tile's own Q, by TMA, which clips the ragged last block.
 
 It takes a head dim of 128: with 64 a GPU gave NaN at 396 tiles, the right output at one. Why is not known.
@@ -38,6 +39,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from haste_compile.errors import InputError
 from haste_compile.kernels.block_mask import BlockMask
 from haste_compile.kernels.block_sparse_attention.kernel import check_inputs, tma_ready
+from haste_compile.kernels.block_sparse_attention.tail_order import TAIL, order_tail
 from haste_compile.kernels.hopper_softmax import lane_sums, rescale_rows, times_rows
 
 #: Query tokens, and key tokens, of a tile.
@@ -54,39 +56,69 @@ _synchronise = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 
 @gluon.jit
+def _schedule(
+    work, work_full, work_empty, counts, indices, order, counter, key_blocks, tiles, TAIL: gl.constexpr
+):  # fmt: skip
+    """One warp: fetch tiles from the counter. What that waits for lies under the tile before."""
+    one_warp: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    tail = gl.maximum(tiles - TAIL, 0)
+    position = gl.program_id(0)
+    done = 0
+    while position < tiles:
+        tile = gl.load(order + (position - tail), mask=position >= tail, other=position)
+        kept = gl.load(counts + tile)
+        last = gl.load(indices + tile.to(gl.int64) * key_blocks + kept - 1)
+        work.index(0).store(gl.full([1], tile, gl.int32, layout=one_warp))
+        work.index(1).store(gl.full([1], kept, gl.int32, layout=one_warp))
+        work.index(2).store(gl.full([1], last, gl.int32, layout=one_warp))
+        _synchronise()
+        mbarrier.arrive(work_full.index(0))
+        mbarrier.wait(work_empty.index(0), done & 1)
+        done += 1
+        position = gl.num_programs(0) + gl.atomic_add(counter, 1)
+    work.index(0).store(gl.full([1], _DONE, gl.int32, layout=one_warp))
+    _synchronise()
+    mbarrier.arrive(work_full.index(0))
+
+
+@gluon.jit
+def _next_tile(work, work_full, work_empty, done, LAYOUT: gl.constexpr):
+    """Tile, length of its list, last index in it, and a one for all who read them to arrive with."""
+    mbarrier.wait(work_full.index(0), done & 1)
+    tile = gl.max(work.index(0).load(LAYOUT), 0)
+    kept = gl.max(work.index(1).load(LAYOUT), 0)
+    last = gl.max(work.index(2).load(LAYOUT), 0)
+    mbarrier.arrive(work_empty.index(0))
+    return tile, kept, last
+
+
+@gluon.jit
 def _produce(
-    q, k, v, q_tiles, k_tiles, v_tiles, number,
+    q, k, v, q_tiles, k_tiles, v_tiles, work, work_full, work_empty,
     q_full, q_empty, k_full, k_empty, v_full, v_empty,
-    counts, indices, counter, heads, query_blocks, key_blocks, tiles,
+    indices, heads, query_blocks, key_blocks,
     D: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
 ):  # fmt: skip
-    """One warp: fetch tiles from the counter and keep the loads of Q, K and V in flight."""
+    """One warp: keep the loads of Q, K and V in flight."""
     TILE_BYTES: gl.constexpr = 128 * D * q.dtype.primitive_bitwidth // 8
     one_warp: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    tile = gl.program_id(0)
-    round_of_q = 0
+    done = 0
     block = 0  # K and V blocks loaded so far, over all tiles
-    while tile < tiles:
-        # Fetched here, needed after the tile: its latency lies under the loads.
-        following = gl.num_programs(0) + gl.atomic_add(counter, 1)
-        kept = gl.load(counts + tile)
+    tile, kept, index = _next_tile(work, work_full, work_empty, done, one_warp)
+    while tile >= 0:
         row_indices = indices + tile.to(gl.int64) * key_blocks
-        index = gl.load(row_indices + kept - 1)
         block_row = tile % query_blocks
         head = tile // query_blocks % heads
         batch = tile // query_blocks // heads
 
-        slot = round_of_q % Q_STAGES
-        mbarrier.wait(q_empty.index(slot), (round_of_q // Q_STAGES & 1) ^ 1)
-        number.index(slot).store(gl.full([1], tile, gl.int32, layout=one_warp))
-        _synchronise()
+        slot = done % Q_STAGES
+        mbarrier.wait(q_empty.index(slot), (done // Q_STAGES & 1) ^ 1)
         mbarrier.expect(q_full.index(slot), TILE_BYTES)
         for half in gl.static_range(2):
             tma.async_copy_global_to_shared(
                 q, [batch, head, block_row * 128 + half * 64, 0], q_full.index(slot),
                 q_tiles.index(slot * 2 + half),
             )  # fmt: skip
-        round_of_q += 1
 
         for step in range(kept):
             stage = block % STAGES
@@ -104,13 +136,8 @@ def _produce(
                 v, [batch, head, start, 0], v_full.index(stage), v_tiles.index(stage)
             )
             block += 1
-        tile = following
-
-    slot = round_of_q % Q_STAGES
-    mbarrier.wait(q_empty.index(slot), (round_of_q // Q_STAGES & 1) ^ 1)
-    number.index(slot).store(gl.full([1], _DONE, gl.int32, layout=one_warp))
-    _synchronise()
-    mbarrier.arrive(q_full.index(slot))
+        done += 1
+        tile, kept, index = _next_tile(work, work_full, work_empty, done, one_warp)
 
 
 @gluon.jit
@@ -121,9 +148,9 @@ def _matrix(tile, D: gl.constexpr, ROWS: gl.constexpr):
 
 @gluon.jit
 def _consume(
-    out, lse, q_tiles, k_tiles, v_tiles, number,
+    out, lse, q_tiles, k_tiles, v_tiles, work, work_full, work_empty,
     q_full, q_empty, k_full, k_empty, v_full, v_empty, turns,
-    counts, indices, heads, query_blocks, key_blocks, tokens, scale,
+    heads, query_blocks, tokens, scale,
     CONSUMER: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
     RAGGED: gl.constexpr, IN_TURNS: gl.constexpr,
 ):  # fmt: skip
@@ -139,12 +166,11 @@ def _consume(
     my_turn = turns.index(CONSUMER)
     other_turn = turns.index(1 - CONSUMER)
     block = 0
-    round_of_q = 0
-    slot = 0
-    mbarrier.wait(q_full.index(0), 0)
-    tile = gl.max(number.index(0).load(four_warps), 0)
+    done = 0
+    tile, kept, last = _next_tile(work, work_full, work_empty, done, four_warps)
     while tile >= 0:
-        kept = gl.load(counts + tile)
+        slot = done % Q_STAGES
+        mbarrier.wait(q_full.index(slot), done // Q_STAGES & 1)
         queries_at = q_tiles.index(slot * 2 + CONSUMER)
         queries = _matrix(queries_at, D, 64)
 
@@ -161,7 +187,6 @@ def _consume(
         scores = warpgroup_mma_wait(0, deps=[scores])
         mbarrier.arrive(k_empty.index(block % STAGES))
         if RAGGED:
-            last = gl.load(indices + tile.to(gl.int64) * key_blocks + kept - 1)
             keys = last * 128 + gl.arange(0, 128, layout=gl.SliceLayout(0, score_layout))
             scores = gl.where((keys < tokens)[None, :], scores, float("-inf"))
         row_max = gl.max(scores, 1) * scale_log2
@@ -232,18 +257,16 @@ def _consume(
         _synchronise()
         mbarrier.arrive(q_empty.index(slot))
 
-        round_of_q += 1
-        slot = round_of_q % Q_STAGES
-        mbarrier.wait(q_full.index(slot), round_of_q // Q_STAGES & 1)
-        tile = gl.max(number.index(slot).load(four_warps), 0)
+        done += 1
+        tile, kept, last = _next_tile(work, work_full, work_empty, done, four_warps)
 
 
 @gluon.jit(do_not_specialize=["heads", "query_blocks", "key_blocks", "tokens", "tiles"])
 def block_sparse_attention_hopper(
-    q, k, v, out, lse, counts, indices, counter,
+    q, k, v, out, lse, counts, indices, order, counter,
     heads, query_blocks, key_blocks, tokens, tiles, scale,
     D: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
-    RAGGED: gl.constexpr, IN_TURNS: gl.constexpr,
+    RAGGED: gl.constexpr, IN_TURNS: gl.constexpr, TAIL: gl.constexpr,
 ):  # fmt: skip
     """Grid: at most as many programs as multiprocessors.
 
@@ -252,6 +275,7 @@ def block_sparse_attention_hopper(
         k, v: the same with box [1, 1, 128, D].
         lse: pointer to fp32 [B, H, N], contiguous.
         counts, indices: pointers to int32 [B, H, Tq] and [B, H, Tq, key_blocks], contiguous.
+        order: pointer to int32 [TAIL], what the last tiles are worked on in; unread where TAIL is 0.
         counter: pointer to an int32 that is 0.
         tiles: B·H·Tq. tokens: N. scale: factor of q·k, > 0.
         RAGGED: N is no multiple of 128.
@@ -259,8 +283,10 @@ def block_sparse_attention_hopper(
     q_tiles = gl.allocate_shared_memory(q.dtype, [2 * Q_STAGES, 1, 1, 64, D], q.layout)
     k_tiles = gl.allocate_shared_memory(k.dtype, [STAGES, 1, 1, 128, D], k.layout)
     v_tiles = gl.allocate_shared_memory(v.dtype, [STAGES, 1, 1, 128, D], v.layout)
-    number = gl.allocate_shared_memory(gl.int32, [Q_STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    work = gl.allocate_shared_memory(gl.int32, [3, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     barrier: gl.constexpr = mbarrier.MBarrierLayout()
+    work_full = gl.allocate_shared_memory(gl.int64, [1, 1], barrier)
+    work_empty = gl.allocate_shared_memory(gl.int64, [1, 1], barrier)
     q_full = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], barrier)
     q_empty = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], barrier)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
@@ -268,6 +294,8 @@ def block_sparse_attention_hopper(
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
     turns = gl.allocate_shared_memory(gl.int64, [2, 1], barrier)
+    mbarrier.init(work_full.index(0), count=1)
+    mbarrier.init(work_empty.index(0), count=3)  # the producer and both consumers
     for slot in gl.static_range(Q_STAGES):
         mbarrier.init(q_full.index(slot), count=1)
         mbarrier.init(q_empty.index(slot), count=2)
@@ -287,33 +315,37 @@ def block_sparse_attention_hopper(
             (
                 _consume,
                 (
-                    out, lse, q_tiles, k_tiles, v_tiles, number,
+                    out, lse, q_tiles, k_tiles, v_tiles, work, work_full, work_empty,
                     q_full, q_empty, k_full, k_empty, v_full, v_empty, turns,
-                    counts, indices, heads, query_blocks, key_blocks, tokens, scale,
+                    heads, query_blocks, tokens, scale,
                     0, D, STAGES, Q_STAGES, RAGGED, IN_TURNS,
                 ),
             ),
             (
                 _consume,
                 (
-                    out, lse, q_tiles, k_tiles, v_tiles, number,
+                    out, lse, q_tiles, k_tiles, v_tiles, work, work_full, work_empty,
                     q_full, q_empty, k_full, k_empty, v_full, v_empty, turns,
-                    counts, indices, heads, query_blocks, key_blocks, tokens, scale,
+                    heads, query_blocks, tokens, scale,
                     1, D, STAGES, Q_STAGES, RAGGED, IN_TURNS,
                 ),
             ),
             (
                 _produce,
                 (
-                    q, k, v, q_tiles, k_tiles, v_tiles, number,
+                    q, k, v, q_tiles, k_tiles, v_tiles, work, work_full, work_empty,
                     q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                    counts, indices, counter, heads, query_blocks, key_blocks, tiles,
+                    indices, heads, query_blocks, key_blocks,
                     D, STAGES, Q_STAGES,
                 ),
             ),
+            (
+                _schedule,
+                (work, work_full, work_empty, counts, indices, order, counter, key_blocks, tiles, TAIL),
+            ),
         ],
-        [4, 1],
-        [240, 24],
+        [4, 1, 1],
+        [240, 24, 24],
     )  # fmt: skip
 
 
@@ -325,6 +357,7 @@ class Schedule:
         stages: tiles of K, and of V, in shared memory.
         q_stages: tiles of Q; the second hides the load of the next Q and the store of the last output.
         in_turns: the consumers issue their products one after the other.
+        tail: this many tiles, the last, go by length; 0: none.
 
     Shared memory is (stages + q_stages / 2) · 4 · BLOCK · D bytes: 192 KB for the default and D = 128.
     """
@@ -332,6 +365,7 @@ class Schedule:
     stages: int = 2
     q_stages: int = 2
     in_turns: bool = False
+    tail: int = TAIL
 
 
 def suits(q: Tensor, k: Tensor, v: Tensor, block: int) -> bool:
@@ -377,15 +411,15 @@ def attend(
     query_blocks, key_blocks = mask.indices.shape[2:]
     tiles = batch * heads * query_blocks
     schedule = schedule or Schedule()
-    counter = torch.zeros(1, dtype=torch.int32, device=q.device)
+    order, counter = order_tail(mask.counts, schedule.tail)
     programs = min(tiles, torch.cuda.get_device_properties(q.device).multi_processor_count)
     block_sparse_attention_hopper[(programs,)](
         _descriptor(q, BLOCK // 2), _descriptor(k, BLOCK), _descriptor(v, BLOCK),
         _descriptor(out, BLOCK // 2),
-        lse, mask.counts, mask.indices, counter,
+        lse, mask.counts, mask.indices, order, counter,
         heads, query_blocks, key_blocks, tokens, tiles, scale,
         D=dim, STAGES=schedule.stages, Q_STAGES=schedule.q_stages,
-        RAGGED=tokens % BLOCK != 0, IN_TURNS=schedule.in_turns,
+        RAGGED=tokens % BLOCK != 0, IN_TURNS=schedule.in_turns, TAIL=schedule.tail,
         num_warps=4,
     )  # fmt: skip
     return out, lse

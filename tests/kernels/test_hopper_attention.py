@@ -17,7 +17,12 @@ import gluon_model  # noqa: E402
 
 from haste_compile.errors import InputError  # noqa: E402
 from haste_compile.kernels.block_mask import BlockMask, pack_bits  # noqa: E402
-from haste_compile.kernels.block_sparse_attention import dispatch, hopper, reference  # noqa: E402
+from haste_compile.kernels.block_sparse_attention import (  # noqa: E402
+    dispatch,
+    hopper,
+    reference,
+    tail_order,
+)
 from haste_compile.kernels.block_sparse_attention.variants import VARIANTS  # noqa: E402
 from haste_compile.kernels.cross_compile import (  # noqa: E402
     SHARED_MEMORY_LIMIT,
@@ -34,6 +39,8 @@ SCHEDULES = {
     "in turns": hopper.Schedule(in_turns=True),
     "3 stages": hopper.Schedule(stages=3, q_stages=1),
     "1 stage": hopper.Schedule(stages=1, q_stages=1),
+    "short tail": hopper.Schedule(tail=8),
+    "no tail": hopper.Schedule(tail=0),
 }
 
 
@@ -73,11 +80,13 @@ def in_the_model(
         "lse": gluon_model.Pointer(lse.view(-1)),
         "counts": gluon_model.Pointer(mask.counts.reshape(-1)),
         "indices": gluon_model.Pointer(mask.indices.reshape(-1)),
+        "order": gluon_model.Pointer(tail_order.reference(mask.counts, schedule.tail)),
         "counter": gluon_model.Pointer(torch.zeros(1, dtype=torch.int32)),
         "heads": heads, "query_blocks": blocks, "key_blocks": blocks, "tokens": tokens,
         "tiles": batch * heads * blocks, "scale": scale,
         "D": dim, "STAGES": schedule.stages, "Q_STAGES": schedule.q_stages,
         "RAGGED": tokens % 128 != 0, "IN_TURNS": schedule.in_turns,
+        "TAIL": schedule.tail,
     }  # fmt: skip
     gluon_model.launch(module, "block_sparse_attention_hopper", programs, arguments)
     return out, lse
@@ -125,6 +134,8 @@ def test_rows_whose_maximum_grows_are_rescaled() -> None:
         ("tma.store_wait(0)", "pass"),
         ("mbarrier.arrive(other_turn)", "mbarrier.arrive(my_turn)"),
         ("mbarrier.wait(k_empty.index(stage), free)", "pass"),
+        ("mbarrier.wait(work_empty.index(0), done & 1)", "pass"),  # the next tile before all know this one
+        ("tail = gl.maximum(tiles - TAIL, 0)", "tail = 1"),
     ],
 )  # fmt: skip
 def test_the_model_sees_a_broken_schedule(line: str, instead: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,10 +143,13 @@ def test_the_model_sees_a_broken_schedule(line: str, instead: str, monkeypatch: 
         monkeypatch.setattr(gluon_model, "PATIENCE", 1.0)
     broken = types.ModuleType("broken")
     vars(broken).update(vars(hopper))
-    for name in ("_produce", "_consume"):
+    for name in ("_schedule", "_next_tile", "_produce", "_consume"):
         source = inspect.getsource(getattr(hopper, name).fn).split("\n", 1)[1].replace(line, instead)
         exec("from __future__ import annotations\n" + source, vars(broken))
-    assert any(line in inspect.getsource(getattr(hopper, name).fn) for name in ("_produce", "_consume"))
+    assert any(
+        line in inspect.getsource(getattr(hopper, name).fn)
+        for name in ("_schedule", "_next_tile", "_produce", "_consume")
+    )
     q, k, v, kept = (x.cpu() for x in problem(1, 2, 933, 64, torch.float32))
     exact, _ = reference.attend(q.double(), k.double(), v.double(), pack_bits(kept), block=128, scale=0.1)
     try:
@@ -156,12 +170,12 @@ def request(name: str, dim: int, dtype: str, ragged: bool) -> Request:
         kernel=kernel_name(hopper.block_sparse_attention_hopper),
         signature={
             "q": tile(64), "k": tile(128), "v": tile(128), "out": tile(64), "lse": "*fp32:16",
-            "counts": "*i32:16", "indices": "*i32:16", "counter": "*i32:16", "heads": "i32",
+            "counts": "*i32:16", "indices": "*i32:16", "order": "*i32:16", "counter": "*i32:16", "heads": "i32",
             "query_blocks": "i32", "key_blocks": "i32", "tokens": "i32", "tiles": "i32", "scale": "fp32",
         },
         constexprs={
             "D": dim, "STAGES": schedule.stages, "Q_STAGES": schedule.q_stages, "RAGGED": ragged,
-            "IN_TURNS": schedule.in_turns,
+            "IN_TURNS": schedule.in_turns, "TAIL": schedule.tail,
         },
         disassemble=True,
     )  # fmt: skip
