@@ -76,7 +76,7 @@ VARIANTS: dict[str, Variant] = {
     "gluon, in turns": Variant(
         _scheduled(hopper.Schedule(in_turns=True)), (9,), (128,), confirmed=True
     ),
-    "gluon, no tail": Variant(_scheduled(hopper.Schedule(tail=0)), (9,), (128,), confirmed=False),
+    "gluon, no tail": Variant(_scheduled(hopper.Schedule(tail=0)), (9,), (128,), confirmed=True),
     "gluon, 3 stages": Variant(
         _scheduled(hopper.Schedule(stages=3, q_stages=1)), (9,), (128,), confirmed=True
     ),

@@ -134,7 +134,7 @@ def test_rows_whose_maximum_grows_are_rescaled() -> None:
         ("tma.store_wait(0)", "pass"),
         ("mbarrier.arrive(other_turn)", "mbarrier.arrive(my_turn)"),
         ("mbarrier.wait(k_empty.index(stage), free)", "pass"),
-        ("mbarrier.wait(work_empty.index(0), done & 1)", "pass"),  # the next tile before all know this one
+        ("mbarrier.wait(work_empty.index(0), done & 1)", "pass"),  # before all know this tile
         ("tail = gl.maximum(tiles - TAIL, 0)", "tail = 1"),
     ],
 )  # fmt: skip
