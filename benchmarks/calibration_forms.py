@@ -37,6 +37,7 @@ from haste_compile.calibration.intercept import Interception
 from haste_compile.calibration.plan import Plan, make_plan
 from haste_compile.calibration.profile import CalibrationProfile
 from haste_compile.calibration.run import deterministic, make_settings
+from haste_compile.calibration.settings import Settings
 from haste_compile.calibration.states import record_video
 from haste_compile.config import HasteConfig
 from haste_compile.errors import HasteError
@@ -141,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--budget", default="shared:0.9")
     parser.add_argument("--videos", type=int, default=1)
     parser.add_argument("--intervals", type=int, default=4)
-    parser.add_argument("--probes", type=int, default=8)
+    parser.add_argument("--probes", type=int, default=Settings.probes)
     parser.add_argument("--branches", choices=("both", "conditional"), default="both")
     for size in ("steps", "height", "width", "frames"):
         parser.add_argument(f"--{size}", type=int, help="default: what suits the model")
