@@ -15,6 +15,7 @@ since neither the queries of a cluster nor the keys that it keeps lie side by si
 * A list is walked backwards, so that the one tile that may be ragged comes first, outside of the loop. What
   is past the end of a list or of a cluster repeats its last token: it is masked, or not stored, and what
   dropped keys hold is never read.
+* Tiles are fetched from a counter, the last of a turn by length (``tail_order.py``).
 * A row tile of at most 64 rows leaves nothing for the second consumer, which then only passes buffers on.
 * The output leaves through the shared memory of the tile's own Q, 16 bytes a thread.
 """
@@ -36,9 +37,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from haste_compile.errors import InputError
+from haste_compile.kernels.block_sparse_attention.tail_order import TAIL, order_tail
 from haste_compile.kernels.hopper_softmax import lane_sums, rescale_rows, times_rows
 from haste_compile.kernels.layout import Ctl
-from haste_compile.kernels.variable_block_attention.work_lists import FOUND, SMALL_LAST, turns
+from haste_compile.kernels.variable_block_attention.work_lists import SMALL_LAST, turns
 
 #: Query tokens of a row tile, and key tokens of a step.
 BLOCK = 128
@@ -79,12 +81,20 @@ def _gather(tile, base, token, stride, D: gl.constexpr, copy_layout: gl.constexp
 
 
 @gluon.jit
+def _tile_at(position, tail_order, row_tiles, TAIL: gl.constexpr):
+    """The tile that is worked on at that position; past the last, the position."""
+    tail = gl.maximum(row_tiles - TAIL, 0)
+    by_length = (position >= tail) & (position < row_tiles)
+    return gl.load(tail_order + (position - tail), mask=by_length, other=position)
+
+
+@gluon.jit
 def _produce(
-    q, k, v, order, ctl, tiles, counts, lists, counter, q_tiles, k_tiles, v_tiles, work,
+    q, k, v, order, ctl, tiles, counts, lists, tail_order, counter, q_tiles, k_tiles, v_tiles, work,
     q_full, q_empty, k_full, k_empty, v_full, v_empty,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     first, all_heads, heads, tokens, q_clusters, most, row_tiles,
-    D: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
+    D: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, TAIL: gl.constexpr,
 ):  # fmt: skip
     """Four warps: fetch tiles from the counter and keep the copies of Q, K and V in flight."""
     # Eight threads copy 128 bytes of a row: whole lines, and no two of them the same bank.
@@ -93,12 +103,14 @@ def _produce(
     four_warps: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     slot_heads = gl.load(ctl + _SLOT).to(gl.int64) * all_heads
     sparse = gl.maximum(1 - gl.load(ctl + _DENSE), 0)
-    tile = gl.program_id(0)
+    tile = _tile_at(gl.program_id(0), tail_order, row_tiles, TAIL)
     round_of_q = 0
     block = 0  # K and V blocks copied so far, over all tiles
     while tile < row_tiles:
-        # Fetched here, needed after the tile: its latency lies under the copies.
-        following = gl.num_programs(0) + gl.atomic_add(counter, 1, sem="relaxed")
+        # Fetched here, needed after the tile. The counter is waited for at once, under the last copies of the
+        # tile before; what it means in the tail is loaded beside this tile's cluster.
+        position = gl.num_programs(0) + gl.atomic_add(counter, 1, sem="relaxed")
+        following = _tile_at(position, tail_order, row_tiles, TAIL)
         cluster = gl.load(tiles + tile * 3)
         begin = gl.load(tiles + tile * 3 + 1)  # rubbish where there is no cluster
         end = gl.load(tiles + tile * 3 + 2)
@@ -300,13 +312,14 @@ def _consume(
 
 @gluon.jit(do_not_specialize=["first", "all_heads", "heads", "tokens", "q_clusters", "most", "row_tiles"])
 def variable_block_attention_hopper(
-    q, k, v, out, lse, order, ctl, tiles, counts, lists, counter,
+    q, k, v, out, lse, order, ctl, tiles, counts, lists, tail_order, counter,
     stride_qb, stride_qh, stride_qn,
     stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn,
     stride_ob, stride_oh, stride_on,
     first, all_heads, heads, tokens, q_clusters, most, row_tiles, scale,
     D: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, IN_TURNS: gl.constexpr,
+    TAIL: gl.constexpr,
 ):  # fmt: skip
     """Grid: at most as many programs as multiprocessors.
 
@@ -314,7 +327,7 @@ def variable_block_attention_hopper(
         q, k, v, out: pointers to [B, H, N, D], last stride 1, the others multiples of 16.
         lse: pointer to fp32 [B, H, N], contiguous.
         order, ctl: of the state; tiles, counts, lists: what the kernels of ``work_lists`` made.
-        counter: pointer to an int32 that is 0.
+        tail_order, counter: what ``order_tail`` made of the lengths, for this TAIL.
         row_tiles: places in ``tiles``, heads of this turn times ``most``.
         scale: factor of q·k, > 0.
     """
@@ -370,12 +383,13 @@ def variable_block_attention_hopper(
             (
                 _produce,
                 (
-                    q, k, v, order, ctl, tiles, counts, lists, counter, q_tiles, k_tiles, v_tiles, work,
+                    q, k, v, order, ctl, tiles, counts, lists, tail_order, counter,
+                    q_tiles, k_tiles, v_tiles, work,
                     q_full, q_empty, k_full, k_empty, v_full, v_empty,
                     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
                     stride_vb, stride_vh, stride_vn,
                     first, all_heads, heads, tokens, q_clusters, most, row_tiles,
-                    D, STAGES, Q_STAGES,
+                    D, STAGES, Q_STAGES, TAIL,
                 ),
             ),
         ],
@@ -393,7 +407,8 @@ class Schedule:
         q_stages: tiles of Q; the second hides the gathering of the next Q and the store of the last output.
         in_turns: the consumers issue their products one after the other.
         workspace: bytes of key lists; more of them, fewer turns of heads, each of which ends unevenly.
-        found, small_last: which kernel makes the lists, and the order of the tiles; see ``work_lists.turns``.
+        small_last: the order of a turn's tiles, see ``work_lists.turns``.
+        tail: this many of them, the last, go by length; 0: none.
 
     Shared memory is (stages + q_stages / 2) · 4 · BLOCK · D bytes: 192 KB for the default.
     """
@@ -402,8 +417,8 @@ class Schedule:
     q_stages: int = 2
     in_turns: bool = False
     workspace: int = 1 << 30
-    found: bool = FOUND
     small_last: bool = SMALL_LAST
+    tail: int = TAIL
 
 
 def suits(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -448,17 +463,16 @@ def attend(
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count
     for turn in turns(
-        order, offsets, mask, ctl, rows=BLOCK, workspace=schedule.workspace, found=schedule.found,
-        small_last=schedule.small_last,
-    ):  # fmt: skip
+        order, offsets, mask, ctl, rows=BLOCK, workspace=schedule.workspace, small_last=schedule.small_last
+    ):
         row_tiles = turn.heads * turn.most
+        tail_order, counter = order_tail(turn.lengths[: turn.heads], schedule.tail)
         variable_block_attention_hopper[(min(row_tiles, processors),)](
-            q, k, v, out, lse, order, ctl, turn.tiles, turn.counts, turn.lists,
-            torch.zeros(1, dtype=torch.int32, device=q.device),
+            q, k, v, out, lse, order, ctl, turn.tiles, turn.counts, turn.lists, tail_order, counter,
             *_strides(q), *_strides(k), *_strides(v), *_strides(out),
             turn.first, batch * heads, heads, tokens, mask.shape[3], turn.most, row_tiles, scale,
             D=DIM, STAGES=schedule.stages, Q_STAGES=schedule.q_stages, IN_TURNS=schedule.in_turns,
-            num_warps=4,
+            TAIL=schedule.tail, num_warps=4,
         )  # fmt: skip
     return out, lse
 

@@ -45,17 +45,9 @@ def _scheduled(schedule: hopper.Schedule) -> Attend:
 VARIANTS: dict[str, Variant] = {
     "triton": Variant(kernel.attend, (), confirmed=True),
     "gluon": Variant(_scheduled(hopper.Schedule()), (9,), confirmed=False),
-    "gluon, in turns": Variant(
-        _scheduled(hopper.Schedule(in_turns=True)), (9,), confirmed=False
-    ),
+    "gluon, no tail": Variant(_scheduled(hopper.Schedule(tail=0)), (9,), confirmed=False),
     "gluon, 3 stages": Variant(
         _scheduled(hopper.Schedule(stages=3, q_stages=1)), (9,), confirmed=False
-    ),
-    "gluon, 256 MB of lists": Variant(
-        _scheduled(hopper.Schedule(workspace=1 << 28)), (9,), confirmed=False
-    ),
-    "gluon, lists copied": Variant(
-        _scheduled(hopper.Schedule(found=False, small_last=False)), (9,), confirmed=False
     ),
     "gluon, tiles in order": Variant(
         _scheduled(hopper.Schedule(small_last=False)), (9,), confirmed=False

@@ -22,19 +22,18 @@ _DENSE = tl.constexpr(int(Ctl.DENSE))
 
 #: Bytes that the key lists may take (300 query clusters of 75,600 tokens: 91 MB a head); one head must fit.
 WORKSPACE_BYTES = 1 << 28
-#: What a program of ``key_lists_kernel`` copies: words of the map, and tokens of a cluster at a time.
-LIST_WORDS, LIST_TILE = 8, 128
 #: Places that a program of ``found_lists_kernel`` fills at a time.
 FOUND_TILE = 1024
-#: Whether that kernel makes the lists, or the other one.
-FOUND = True
 #: Whether row tiles that are at most half full come last.
 SMALL_LAST = True
+#: How long a listed key takes, by the tile that it is for: at most half full, where half of the consumers of
+#: Hopper's kernel rest (0.6 of the time, measured), and fuller.
+_SMALL, _FULL = tl.constexpr(3), tl.constexpr(5)
 
 
 @triton.jit(do_not_specialize=["first"])
 def row_tiles_kernel(
-    offsets, ctl, tiles, first, all_heads, tokens, q_clusters, k_clusters, most,
+    offsets, ctl, counts, tiles, lengths, first, all_heads, tokens, q_clusters, k_clusters, most,
     ROWS: tl.constexpr, CLUSTERS: tl.constexpr, SMALL_LAST: tl.constexpr,
 ):  # fmt: skip
     """Grid (heads of this turn,): cut query clusters into tiles of at most ROWS tokens.
@@ -42,6 +41,9 @@ def row_tiles_kernel(
     tiles: int32 [heads of the turn, most, 3]: cluster, first and last + 1 place in the order; cluster -1
     where there is no tile. In a dense step all tokens are one cluster. SMALL_LAST: those of at most ROWS / 2
     tokens follow on all others, since short work at the end leaves fewer multiprocessors idle.
+
+    counts: what ``found_lists_kernel`` made. lengths: int32 [heads of the turn, most], how long each tile
+    takes; 0 where there is none.
     """
     head = first + tl.program_id(0)
     slot = tl.load(ctl + _SLOT).to(tl.int64)
@@ -57,65 +59,20 @@ def row_tiles_kernel(
     place = tl.cumsum(large, 0) - large
     last_place = tl.sum(large, 0) + tl.cumsum(small, 0) - small
     mine = tiles + tl.program_id(0) * most * 3
+    lengths += tl.program_id(0) * most
+    keys = tl.load(counts + tl.program_id(0) * q_clusters + cluster, mask=inside, other=0)
     for number in range(tl.max(count, 0)):
-        target = mine + tl.where(number < large, place + number, last_place) * 3
+        tile = tl.where(number < large, place + number, last_place)
+        target = mine + tile * 3
         tl.store(target, cluster, mask=number < count)
         tl.store(target + 1, begin + number * ROWS, mask=number < count)
         tl.store(target + 2, end, mask=number < count)
+        half = end - begin - number * ROWS <= ROWS // 2
+        tl.store(lengths + tile, keys * tl.where(half, _SMALL, _FULL), mask=number < count)
     nothing = tl.zeros([CLUSTERS], tl.int32) - 1
     for start in range(tl.sum(count, 0), most, CLUSTERS):
         tl.store(mine + (start + cluster) * 3, nothing, mask=start + cluster < most)
-
-
-@triton.jit(do_not_specialize=["first"])
-def key_lists_kernel(
-    order, offsets, mask, ctl, counts, lists, first, all_heads, tokens, q_clusters, k_clusters, words,
-    CLUSTERS: tl.constexpr, WORDS: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """Grid (query clusters, heads of this turn, words / WORDS): the tokens of kept clusters, gapless.
-
-    A program adds up the kept sizes before its share of the key clusters, so it knows where its list begins,
-    and copies 32 clusters (a word of the map) at a time, TILE tokens of each.
-
-    counts: int32 [heads of the turn, Cq]; lists: int32 [heads of the turn, Cq, N]. In a dense step query
-    cluster 0 lists every token, and the others none.
-    """
-    row = tl.program_id(0)
-    head = first + tl.program_id(1)
-    share = tl.program_id(2)
-    state_head = tl.load(ctl + _SLOT).to(tl.int64) * all_heads + head
-    list_row = tl.program_id(1).to(tl.int64) * q_clusters + row
-    target = lists + list_row * tokens
-    item = tl.arange(0, TILE)
-    if tl.load(ctl + _DENSE) != 0:
-        count = tl.where(row == 0, tokens, 0)
-        for start in range(share * TILE, count, tl.num_programs(2) * TILE):
-            tl.store(target + start + item, start + item, mask=start + item < count)
-        tl.store(counts + list_row, count, mask=share == 0)
-        return
-    begins = offsets + state_head * (q_clusters + k_clusters + 2) + q_clusters + 1
-    keys = order + (state_head * 2 + 1) * tokens
-    bits_of_row = mask + (state_head * q_clusters + row) * words
-    cluster = tl.arange(0, CLUSTERS)
-    real = cluster < k_clusters
-    bits = tl.load(bits_of_row + cluster // 32, mask=real, other=0)
-    size = tl.load(begins + cluster + 1, mask=real, other=0) - tl.load(begins + cluster, mask=real, other=0)
-    size = tl.where((bits >> cluster % 32) & 1 != 0, size, 0)
-    tl.store(counts + list_row, tl.sum(size, 0), mask=share == 0)
-    listed = tl.sum(tl.where(cluster < share * WORDS * 32, size, 0), 0)
-    for word in range(share * WORDS, min((share + 1) * WORDS, words)):
-        bit = tl.arange(0, 32)
-        cluster_of = word * 32 + bit
-        kept = (tl.load(bits_of_row + word) >> bit) & 1 != 0
-        kept = kept & (cluster_of < k_clusters)
-        begin = tl.load(begins + cluster_of, mask=kept, other=0)
-        kept_size = tl.load(begins + cluster_of + 1, mask=kept, other=0) - begin
-        place = listed + tl.cumsum(kept_size, 0) - kept_size
-        for start in range(0, tl.max(kept_size, 0), TILE):
-            inside = (start + item)[None, :] < kept_size[:, None]
-            token = tl.load(keys + (begin[:, None] + start + item[None, :]), mask=inside, other=0)
-            tl.store(target + (place[:, None] + start + item[None, :]), token, mask=inside)
-        listed += tl.sum(kept_size, 0)
+        tl.store(lengths + start + cluster, nothing + 1, mask=start + cluster < most)
 
 
 @triton.jit(do_not_specialize=["first"])
@@ -123,11 +80,16 @@ def found_lists_kernel(
     order, offsets, mask, ctl, counts, lists, ends, first, all_heads, tokens, q_clusters, k_clusters, words,
     CLUSTERS: tl.constexpr, HALVINGS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Grid (query clusters, heads of this turn): as ``key_lists_kernel``, every place looks for its cluster.
+    """Grid (query clusters, heads of this turn): the tokens of kept clusters, gapless.
+
+    Every place of a list looks for its cluster; to copy the kept ones, 32 at a time, was slower: the largest
+    of them decides how long that takes.
 
     The kept sizes, added up, say where in the list each cluster ends; a dropped one ends where the one before
     it does. The cluster of a place is the first that ends behind it: HALVINGS = log2(CLUSTERS) looks.
 
+    counts: int32 [heads of the turn, Cq]; lists: int32 [heads of the turn, Cq, N]. In a dense step query
+    cluster 0 lists every token, and the others none.
     ends: int32 [heads of the turn, Cq, 2, CLUSTERS]: those ends, and how far a place in the order lies behind
     that in the list.
     """
@@ -178,21 +140,22 @@ class Turn:
         first: number of its first head, of B·H.
         heads: how many heads.
         most: row tiles that a head may have.
-        tiles: int32 [>= heads, most, 3] as ``row_tiles_kernel`` has it.
-        counts: int32 [>= heads, Cq]; ``lists``: int32 [>= heads, Cq, N], as ``key_lists_kernel`` has them.
+        tiles: int32 [>= heads, most, 3]; ``lengths``: int32 [>= heads, most]; see ``row_tiles_kernel``.
+        counts: int32 [>= heads, Cq]; ``lists``: int32 [>= heads, Cq, N]; see ``found_lists_kernel``.
     """
 
     first: int
     heads: int
     most: int
     tiles: Tensor
+    lengths: Tensor
     counts: Tensor
     lists: Tensor
 
 
 def turns(
     order: Tensor, offsets: Tensor, mask: Tensor, ctl: Tensor, *, rows: int, workspace: int | None = None,
-    found: bool = FOUND, small_last: bool = SMALL_LAST,
+    small_last: bool = SMALL_LAST,
 ) -> Iterator[Turn]:  # fmt: skip
     """Build the work lists of a few heads, again and again in the same memory, until all had their turn.
 
@@ -201,7 +164,6 @@ def turns(
         mask: int32 [S, B, H, Cq, ceil(Ck / 32)]; ``ctl``: int32 [8].
         rows: tokens of a row tile.
         workspace: bytes that the key lists may take; None: ``WORKSPACE_BYTES``.
-        found: ``found_lists_kernel`` makes them; otherwise ``key_lists_kernel``.
         small_last: see ``row_tiles_kernel``.
     """
     batch, heads, _, tokens = order.shape[1:]
@@ -211,29 +173,24 @@ def turns(
     turn = heads_a_turn(all_heads, tokens, q_clusters, workspace)
     most = tokens // rows + q_clusters
     tiles = torch.empty(turn, most, 3, dtype=torch.int32, device=order.device)
+    lengths = torch.empty(turn, most, dtype=torch.int32, device=order.device)
     counts = torch.empty(turn, q_clusters, dtype=torch.int32, device=order.device)
     lists = torch.empty(turn, q_clusters, tokens, dtype=torch.int32, device=order.device)
     padded, k_padded = (max(32, triton.next_power_of_2(n)) for n in (q_clusters, k_clusters))
     ends = torch.empty(turn, q_clusters, 2, k_padded, dtype=torch.int32, device=order.device)
     for first in range(0, all_heads, turn):
         present = min(turn, all_heads - first)
+        found_lists_kernel[(q_clusters, present)](
+            order, offsets, mask, ctl, counts, lists, ends,
+            first, all_heads, tokens, q_clusters, k_clusters, words,
+            CLUSTERS=k_padded, HALVINGS=k_padded.bit_length() - 1, TILE=FOUND_TILE, num_warps=4,
+        )  # fmt: skip
         row_tiles_kernel[(present,)](
-            offsets, ctl, tiles, first, all_heads, tokens, q_clusters, k_clusters, most,
+            offsets, ctl, counts, tiles, lengths,
+            first, all_heads, tokens, q_clusters, k_clusters, most,
             ROWS=rows, CLUSTERS=padded, SMALL_LAST=int(small_last), num_warps=4,
         )  # fmt: skip
-        if found:
-            found_lists_kernel[(q_clusters, present)](
-                order, offsets, mask, ctl, counts, lists, ends,
-                first, all_heads, tokens, q_clusters, k_clusters, words,
-                CLUSTERS=k_padded, HALVINGS=k_padded.bit_length() - 1, TILE=FOUND_TILE, num_warps=4,
-            )  # fmt: skip
-        else:
-            key_lists_kernel[(q_clusters, present, triton.cdiv(words, LIST_WORDS))](
-                order, offsets, mask, ctl, counts, lists,
-                first, all_heads, tokens, q_clusters, k_clusters, words,
-                CLUSTERS=k_padded, WORDS=LIST_WORDS, TILE=LIST_TILE, num_warps=4,
-            )  # fmt: skip
-        yield Turn(first, present, most, tiles, counts, lists)
+        yield Turn(first, present, most, tiles, lengths, counts, lists)
 
 
 def heads_a_turn(all_heads: int, tokens: int, q_clusters: int, workspace: int | None = None) -> int:

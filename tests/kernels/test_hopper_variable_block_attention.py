@@ -18,6 +18,7 @@ pytest.importorskip("triton")
 import gluon_model  # noqa: E402
 
 from haste_compile.errors import InputError  # noqa: E402
+from haste_compile.kernels.block_sparse_attention import tail_order  # noqa: E402
 from haste_compile.kernels.cross_compile import (  # noqa: E402
     SHARED_MEMORY_LIMIT,
     CrossCompiled,
@@ -34,6 +35,8 @@ SCHEDULES = {
     "in turns": hopper.Schedule(in_turns=True),
     "3 stages": hopper.Schedule(stages=3, q_stages=1),
     "1 stage": hopper.Schedule(stages=1, q_stages=1),
+    "short tail": hopper.Schedule(tail=8),
+    "no tail": hopper.Schedule(tail=0),
 }
 on_the_cpu = pytest.mark.skipif(DEVICE == "cuda", reason="work lists are made by Triton's interpreter")
 
@@ -61,11 +64,12 @@ def in_the_model(
             "q": pointer(q), "k": pointer(k), "v": pointer(v), "out": pointer(out), "lse": pointer(lse),
             "order": pointer(order), "ctl": pointer(ctl), "tiles": pointer(turn.tiles),
             "counts": pointer(turn.counts), "lists": pointer(turn.lists),
+            "tail_order": pointer(tail_order.reference(turn.lengths[: turn.heads], schedule.tail)),
             "counter": pointer(torch.zeros(1, dtype=torch.int32)), **strides,
             "first": turn.first, "all_heads": batch * heads, "heads": heads, "tokens": tokens,
             "q_clusters": mask.shape[3], "most": turn.most, "row_tiles": turn.heads * turn.most, "scale": 0.1,
             "D": dim, "STAGES": schedule.stages, "Q_STAGES": schedule.q_stages,
-            "IN_TURNS": schedule.in_turns,
+            "IN_TURNS": schedule.in_turns, "TAIL": schedule.tail,
         }  # fmt: skip
         gluon_model.launch(module, "variable_block_attention_hopper", programs, arguments, seed)
     return out, lse
@@ -126,6 +130,8 @@ def test_dropped_keys_do_not_leak() -> None:
         ("token = upcoming", "pass"),
         ("(column < count)[None, :]", "(column >= 0)[None, :]"),
         ("gl.minimum(begin + half * 64", "gl.minimum(begin"),
+        ("position >= tail", "position > tail"),
+        ("other=position", "other=position + 1"),
     ],
 )  # fmt: skip
 def test_the_model_sees_a_broken_schedule(line: str, instead: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,17 +139,20 @@ def test_the_model_sees_a_broken_schedule(line: str, instead: str, monkeypatch: 
         monkeypatch.setattr(gluon_model, "PATIENCE", 0.5)
     broken = types.ModuleType("broken")
     vars(broken).update(vars(hopper))
-    sources = {name: inspect.getsource(getattr(hopper, name).fn) for name in ("_produce", "_consume")}
+    sources = {
+        name: inspect.getsource(getattr(hopper, name).fn) for name in ("_tile_at", "_produce", "_consume")
+    }
     assert any(line in source for source in sources.values())
     for source in sources.values():
         changed = source.split("\n", 1)[1].replace(line, instead)
         exec("from __future__ import annotations\n" + changed, vars(broken))
     # Lists of many blocks and of one: what the first forgives, the producer far ahead in the second does not.
+    schedule = hopper.Schedule(in_turns=True, tail=8)
     seen = line == instead
     for shape in ((1, 2, 901, 64, 5, 40), (1, 1, 500, 64, 40, 30)):
         problem = Problem(shape, torch.float32, density=0.5 if shape[4] == 5 else 0.02)
         try:
-            out, _ = in_the_model(problem, 1, hopper.Schedule(in_turns=True), module=broken)
+            out, _ = in_the_model(problem, 1, schedule, module=broken)
         except RuntimeError as error:
             assert any(failure in str(error) for failure in gluon_model.FAILURES)
             out = torch.full_like(problem.q, float("nan"))
@@ -160,13 +169,13 @@ def request(name: str, dtype: str) -> Request:
         kernel=kernel_name(hopper.variable_block_attention_hopper),
         signature={
             **dict.fromkeys(("q", "k", "v", "out"), f"*{dtype}:16"), "lse": "*fp32:16",
-            **dict.fromkeys(("order", "ctl", "tiles", "counts", "lists", "counter"), "*i32:16"),
+            **dict.fromkeys(("order", "ctl", "tiles", "counts", "lists", "tail_order", "counter"), "*i32:16"),
             **{f"stride_{x}{axis}": "i32:16" for x in "qkvo" for axis in "bhn"},
             **dict.fromkeys(numbers, "i32"), "scale": "fp32",
         },
         constexprs={
             "D": hopper.DIM, "STAGES": schedule.stages, "Q_STAGES": schedule.q_stages,
-            "IN_TURNS": schedule.in_turns,
+            "IN_TURNS": schedule.in_turns, "TAIL": schedule.tail,
         },
         disassemble=True,
     )  # fmt: skip
