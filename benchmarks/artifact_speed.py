@@ -1,25 +1,32 @@
-"""Is an AOTInductor artifact as fast as the live backend? Wan 2.1 1.3B's geometry, random weights, on a GPU.
+"""Is an AOTInductor artifact as fast as the live backend? Wan 2.1 1.3B's geometry, on one NVIDIA GPU.
 
     python -m benchmarks.artifact_speed --layers 8       # first: compiles in minutes
     python -m benchmarks.artifact_speed                  # all 30 layers
     python -m benchmarks.artifact_speed --json speed.json
 
-Queries and keys are scaled so that heads choose; the weights are random, so this says nothing of quality.
-Both sides run the same calls, one after the other, in one process: forwards with falling timesteps over
-slowly changing latents, so that masks are built and reused. Times count only if the artifact's outputs agreed
-with the live ones. Medians in milliseconds; spread is half the range over the median of the live side.
+STRUCTURED RANDOM WEIGHTS: SPEED ONLY, made as for wan_forward.py, whose density and refresh rate are the
+defaults here too.
+
+Both sides run the same denoising steps in one process. A first pass compiles and compares: every output of
+the artifact must agree with the live one, or nothing is timed. In the second pass all steps but the first,
+which rebuilds every mask, are timed, the first of each pair alternating.
+
+Milliseconds are medians; a spread is half the range over the median, and holds what varies from step to step.
+``paired_ratio`` does not: it is the median over steps of artifact / live, between its quartiles.
+
+Exit code: 0, 1 when the outputs differ, 2 when the machine cannot run the benchmark.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
+import dataclasses
 import json
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,114 +34,89 @@ import torch
 from torch import Tensor
 
 import haste_compile
+from benchmarks.attention_problems import WrongResultError
+from benchmarks.interleaving import Timer, cuda_milliseconds
+from benchmarks.wan_forward import GRIDS, MODELS, WEIGHTS, Geometry, Run, counts, rates, time_steps
+from haste_compile.config import HasteConfig
 from haste_compile.errors import HasteError
-from haste_compile.explanation import TEXT_TOKENS, VAE_SCALES
-from haste_compile.loading import import_optional, pick_device
+from haste_compile.explanation import VAE_SCALES
+from haste_compile.loading import pick_device
 
 #: Largest relative error between the two sides' outputs in bfloat16 that lets them be timed.
 TOLERANCE = 2e-2
-WARM_UP, TIMED = 3, 7
+SIDES = ("live", "artifact")
 
 
-def build(layers: int, device: torch.device) -> Any:
-    """Wan 2.1 1.3B with random weights, in bfloat16; fewer ``layers`` compile faster."""
-    wan = import_optional("diffusers", extra="demo").WanTransformer3DModel
-    torch.manual_seed(0)
-    with device:
-        model = wan(num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=layers)
-    for name, parameter in model.named_parameters():
-        if "attn1.norm_q" in name or "attn1.norm_k" in name:
-            parameter.data.mul_(2.0)
-    return model.to(torch.bfloat16).eval()
+def relative_error(found: Tensor, wanted: Tensor) -> float:
+    return float((found - wanted).float().norm() / wanted.float().norm())
 
 
-def calls(model: Any, size: tuple[int, int, int], device: torch.device) -> list[dict[str, Any]]:
-    """One video's calls of one branch, each with slightly other latents and a lower timestep."""
-    frames, height, width = size
-    latent = ((frames - 1) // VAE_SCALES[0] + 1, height // VAE_SCALES[1], width // VAE_SCALES[1])
-    generator = torch.Generator(device).manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16)
-
-    text, latents = (
-        normal(1, TEXT_TOKENS, model.config.text_dim),
-        normal(1, model.config.in_channels, *latent),
-    )
-    made = []
-    for step in range(WARM_UP + TIMED):
-        latents = latents + 0.05 * normal(*latents.shape)
-        timestep = torch.full((1,), 1000.0 - 20 * step, device=device)
-        made.append(
-            {
-                "hidden_states": latents,
-                "timestep": timestep,
-                "encoder_hidden_states": text,
-                "return_dict": False,
-            }
-        )
-    return made
+def summary(live: list[float], artifact: list[float]) -> dict[str, Any]:
+    """Medians, spreads and ratios of two sides' milliseconds, step by step."""
+    pairs = [b / a for a, b in zip(live, artifact, strict=True)]
+    row: dict[str, Any] = {"timed_calls": len(pairs)}
+    for side, times in zip(SIDES, (live, artifact), strict=True):
+        median = statistics.median(times)
+        row |= {f"{side}_ms": median, f"{side}_spread": (max(times) - min(times)) / 2 / median}
+    low, middle, high = statistics.quantiles(pairs, n=4, method="inclusive")
+    ratio = row["artifact_ms"] / row["live_ms"]
+    return row | {"ratio": ratio, "paired_ratio": middle, "paired_quartiles": [low, high]}
 
 
-def timed(forward: Callable[[], tuple[Tensor]]) -> tuple[float, Tensor]:
-    """Milliseconds of one forward by the host's clock, and its sample."""
-    torch.cuda.synchronize()
-    started = time.perf_counter()
-    (output,) = forward()
-    torch.cuda.synchronize()
-    return 1000 * (time.perf_counter() - started), output
+def measure(run: Run, *, timer: Timer, format: str = "aoti") -> dict[str, Any]:
+    """Export the run's transformer, compare the artifact with the live backend, and time both.
 
-
-def summary(times: dict[str, list[float]]) -> dict[str, float]:
-    live, artifact = (statistics.median(times[side]) for side in ("live", "artifact"))
-    spread = (max(times["live"]) - min(times["live"])) / 2 / live
-    return {"live_ms": live, "artifact_ms": artifact, "ratio": artifact / live, "spread": spread}
-
-
-@torch.no_grad()
-def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    options = {"top_p": args.top_p, "delta": args.delta}
-    size = {"height": args.height, "width": args.width, "num_frames": args.frames}
-    model = build(args.layers, device)
-    sequence = calls(model, (args.frames, args.height, args.width), device)
+    Raises:
+        WrongResultError: their outputs differ.
+    """
+    frames, height, width = run.geometry.grid
+    size = {
+        "num_frames": VAE_SCALES[0] * (frames - 1) + 1,
+        "height": 2 * VAE_SCALES[1] * height,
+        "width": 2 * VAE_SCALES[1] * width,
+    }
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "wan.pt2"
-        started = time.perf_counter()
-        manifest = haste_compile.export(model, path, format="aoti", **size, **options)
-        export_s = time.perf_counter() - started
-        started = time.perf_counter()
+        path, started = Path(folder) / "wan.pt2", time.perf_counter()
+        manifest = haste_compile.export(
+            run.transformer, path, format=format, text_tokens=run.geometry.text_tokens, **size, **run.options
+        )
+        exported = time.perf_counter()
         runner = haste_compile.load(path, trust=True)
-        load_s = time.perf_counter() - started
-        live = torch.compile(model, backend="haste", dynamic=False, options=options)
-        sides: dict[str, Any] = {"live": live, "artifact": runner}
-        times: dict[str, list[float]] = {side: [] for side in sides}
-        worst = 0.0
-        for number, call in enumerate(sequence):
-            outputs = {}
-            order = list(sides) if number % 2 else list(reversed(sides))
-            for side in order:
-                spent, outputs[side] = timed(functools.partial(sides[side], **call))
-                if number >= WARM_UP:
-                    times[side].append(spent)
-            error = (outputs["artifact"] - outputs["live"]).float().norm() / outputs["live"].float().norm()
-            worst = max(worst, float(error))
-        if worst > TOLERANCE:
-            raise SystemExit(f"outputs differ by {worst:.1e}, more than {TOLERANCE:.0e}: nothing was timed")
-        found = runner.statistics()
-        return {
-            "gpu": torch.cuda.get_device_name(device),
-            "torch": torch.__version__,
-            "layers": args.layers,
-            "attention": manifest.extra.get("attention"),
-            **size,
-            **summary(times),
-            "relative_error": worst,
-            "density": found.density,
-            "refresh_rate": found.refresh_rate,
-            "bytes": sum(int(file["bytes"]) for file in manifest.files.values()),
-            "export_s": export_s,
-            "load_s": load_s,
-        }
+        loaded = time.perf_counter()
+        live = torch.compile(run.transformer, backend="haste", dynamic=False, options=run.options)
+        sides: tuple[Any, Any] = (live, runner)
+        errors = []
+        for step in range(run.steps):
+            wanted, found = (run.forward(side, step) for side in sides)
+            errors.append(relative_error(found, wanted))
+            if not errors[-1] <= TOLERANCE:  # also NaN
+                raise WrongResultError(
+                    found=f"outputs that differ by {errors[-1]:.1e}",
+                    wanted=f"at most {TOLERANCE:.0e}",
+                    where=f"step {step}, artifact against live backend",
+                    fix="Run tests/artifacts/test_aoti_cuda.py.",
+                )
+        states = (run.states(HasteConfig.from_options(run.options)), [runner.state])
+        for side in sides:
+            run.forward(side, 0)  # a new video
+        before = [counts(state) for state in states]
+        times = time_steps(run, sides, timer)
+        shares = [rates(state, then) for state, then in zip(states, before, strict=True)]
+    return {
+        "weights": WEIGHTS,
+        "torch": torch.__version__,
+        "layers": run.geometry.layers,
+        "attention": manifest.extra.get("attention"),
+        **size,
+        "options": run.options,
+        **summary(*times),
+        "relative_error": max(errors),
+        "density": dict(zip(SIDES, (density for density, _ in shares), strict=True)),
+        "refresh_rate": dict(zip(SIDES, (rate for _, rate in shares), strict=True)),
+        "bytes": sum(int(file["bytes"]) for file in manifest.files.values()),
+        "export_s": exported - started,
+        "load_s": loaded - exported,
+    }
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -142,18 +124,26 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--layers", type=int, default=30)
-    for name, value in (("height", 480), ("width", 832), ("frames", 81)):
-        parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--top-p", type=float, default=0.9)
-    parser.add_argument("--delta", type=float, default=30.0)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--size", choices=list(GRIDS), default="480p")
+    parser.add_argument("--density", type=float, default=0.25, help="mean density to aim at")
+    parser.add_argument("--refresh", type=float, default=0.2, help="share of masks rebuilt a step to aim at")
+    parser.add_argument("--steps", type=int, default=25, help="denoising steps; all but one are timed")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
     return parser.parse_args(arguments)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
+    geometry = dataclasses.replace(Geometry(*MODELS["1.3B"], GRIDS[args.size]), layers=args.layers)
     try:
-        record = measure(args, pick_device("cuda"))
+        pick_device("cuda")
+        run = Run(
+            geometry, "cuda", torch.bfloat16, {}, density=args.density, refresh=args.refresh, steps=args.steps
+        )
+        record = {"gpu": torch.cuda.get_device_name(), **measure(run, timer=cuda_milliseconds)}
+    except WrongResultError as error:
+        print(f"not timed: {error}", file=sys.stderr)
+        return 1
     except HasteError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2

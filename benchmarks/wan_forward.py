@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import functools
 import json
 import re
 import statistics
@@ -37,6 +38,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from benchmarks.attention_problems import BLOCK, Problem, WrongResultError, check
+from benchmarks.interleaving import Timer, cuda_milliseconds
 from benchmarks.structured_weights import (
     build_transformer,
     find_delta,
@@ -52,6 +54,7 @@ from haste_compile.pipeline import optimize
 from haste_compile.state import HasteState, states_of
 
 TOP_P = 0.9
+WEIGHTS = "structured random weights: speed only"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,6 +220,21 @@ def counts(states: Iterable[HasteState]) -> tuple[int, int, int]:
     return int(total[Counter.KEPT_SUM]), int(total[Counter.REFRESHES]), int(total[Counter.CALLS])
 
 
+def rates(states: Sequence[HasteState], before: tuple[int, int, int]) -> tuple[float, float]:
+    """Density and refresh rate since ``before``, an earlier ``counts``."""
+    pairs, rebuilds, calls = (now - then for now, then in zip(counts(states), before, strict=True))
+    return pairs / (calls * states[0].specs[0].N ** 2), rebuilds / calls
+
+
+def time_steps(run: Run, sides: tuple[nn.Module, nn.Module], timer: Timer) -> tuple[list[float], list[float]]:
+    """Milliseconds of every step but the first; the side that begins a step alternates."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for step in range(1, run.steps):
+        for index in (0, 1) if step % 2 else (1, 0):
+            times[index].append(timer(functools.partial(run.forward, sides[index], step)))
+    return times
+
+
 class _FirstAttention(TorchFunctionMode):
     """Remembers q, k, v of the first ``scaled_dot_product_attention``."""
 
@@ -243,7 +261,7 @@ def check_site(run: Run, dense: nn.Module, state: HasteState) -> float:
 
 
 def compare(
-    run: Run, how: str, *, timer: Callable[[Callable[[], object]], float], profile: bool = True,
+    run: Run, how: str, *, timer: Timer, profile: bool = True,
     dense_backend: str = "inductor",
 ) -> Result:  # fmt: skip
     """Compile both sides, check the kernel, and time the steps of one video."""
@@ -258,22 +276,17 @@ def compare(
                 run.forward(side, step)
         states = run.states(handle.config)
         check_site(run, run.twin(), states[0])
-        times: tuple[list[float], list[float]] = ([], [])
         run.forward(run.transformer, 0)  # a new video: every mask is rebuilt, which is not timed
         before = counts(states)
-        for step in range(1, run.steps):
-            for index in (0, 1) if step % 2 else (1, 0):
-                times[index].append(timer(lambda side=sides[index], step=step: run.forward(side, step)))
-        pairs, rebuilds, calls = (now - then for now, then in zip(counts(states), before, strict=True))
-        tokens = states[0].specs[0].N
-        density = pairs / (calls * tokens**2)
+        times = time_steps(run, sides, timer)
+        density, refresh_rate = rates(states, before)
         kernels: list[dict[str, float]] = [{}, {}]
         if profile:
             kernels = [_profiled(run, side) for side in sides]
         return Result(
             compile=how,
             density=density,
-            refresh_rate=rebuilds / calls,
+            refresh_rate=refresh_rate,
             dense_ms=statistics.median(times[0]),
             dense_spread=max(times[0]) - min(times[0]),
             haste_ms=statistics.median(times[1]),
@@ -338,8 +351,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    from benchmarks.interleaving import cuda_milliseconds
-
     options = parse(arguments)
     try:
         if not torch.cuda.is_available():
@@ -353,7 +364,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         geometry = Geometry(*MODELS[options.model], GRIDS[options.size])
         facts = {
-            "weights": "structured random weights: speed only",
+            "weights": WEIGHTS,
             "model": options.model,
             "size": options.size,
             "gpu": torch.cuda.get_device_name(),

@@ -1,15 +1,18 @@
-"""The benchmarks of artifacts, on the tiny random pipeline: they compare what they say, and can fail."""
+"""The benchmarks of artifacts, on small random models: they compare what they say, and can fail."""
 
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import tiny_wan
 import torch
 
-from benchmarks import artifact_parity, artifact_speed
+from benchmarks import artifact_parity, artifact_speed, wan_forward
+from benchmarks.attention_problems import WrongResultError
 from haste_compile.artifacts import FORMATS
 
 SIZE = ["--height", "128", "--width", "128", "--frames", "17", "--steps", "3"]
@@ -63,11 +66,48 @@ def test_speed_needs_a_gpu(capsys: pytest.CaptureFixture[str]):
     assert "DeviceError" in capsys.readouterr().err
 
 
+@pytest.fixture(scope="module")
+def small() -> wan_forward.Run:
+    """One layer × 12 heads × 128 on 768 tokens, eager; six steps."""
+    return wan_forward.Run(
+        wan_forward.Geometry(1, 12, 128, (4, 12, 16), text_tokens=8), "cpu", torch.float32,
+        {"block_size": 64, "stride": 8, "inner": "eager"},
+        density=0.25, refresh=0.2, steps=6, text_dim=32, in_channels=4, out_channels=4,
+    )  # fmt: skip
+
+
+def milliseconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def test_speed_compares_the_same_steps_of_both_sides(small: wan_forward.Run):
+    record = artifact_speed.measure(small, timer=milliseconds, format="torchscript")
+    assert json.loads(json.dumps(record))["weights"] == "structured random weights: speed only"
+    assert (record["num_frames"], record["height"], record["width"]) == (13, 192, 256)
+    assert record["timed_calls"] == 5 and record["relative_error"] == 0 and record["bytes"] > 100_000
+    for name, wanted, apart in (("density", 0.25, 0.04), ("refresh_rate", 0.2, 0.08)):
+        live, artifact = record[name].values()
+        assert live == artifact == pytest.approx(wanted, abs=apart)
+
+
+def test_speed_times_nothing_when_outputs_differ(small: wan_forward.Run, monkeypatch: pytest.MonkeyPatch):
+    torch.compiler.reset()
+    monkeypatch.setattr(artifact_speed, "relative_error", lambda *sides: float("nan"))
+    with pytest.raises(WrongResultError, match="differ by nan"):
+        artifact_speed.measure(small, timer=lambda call: pytest.fail("timed"), format="torchscript")
+
+
 def test_speed_sums_up_interleaved_times():
-    row = artifact_speed.summary({"live": [2.0, 1.0, 3.0], "artifact": [2.2, 2.0, 2.1]})
+    row = artifact_speed.summary([2.0, 1.0, 3.0], [2.2, 2.0, 2.1])
     assert row == {
+        "timed_calls": 3,
         "live_ms": 2.0,
+        "live_spread": pytest.approx(0.5),
         "artifact_ms": 2.1,
+        "artifact_spread": pytest.approx(0.1 / 2.1),
         "ratio": pytest.approx(1.05),
-        "spread": pytest.approx(0.5),
+        "paired_ratio": pytest.approx(1.1),
+        "paired_quartiles": pytest.approx([0.9, 1.55]),
     }
