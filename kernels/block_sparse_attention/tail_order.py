@@ -2,8 +2,8 @@
 
 A tile takes as long as its list. In raster order the last multiprocessor ends up to a tile later than the
 first: at 12 heads, 32,760 tokens and density .25, 2.8 % of the time is waited, 7.6 % with uneven rows (a list
-schedule on 132 processors, computed). All tiles by length would end evenly too, but scatter heads, whose K and
-V then leave L2. The last thousand are enough: 1.3 and 0.9 %.
+schedule on 132 processors, computed). All tiles by length would end evenly too, but scatter heads, whose K
+and V then leave L2. The last thousand are enough: 1.3 and 0.9 %.
 """
 
 from __future__ import annotations

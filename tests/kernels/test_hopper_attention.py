@@ -170,8 +170,9 @@ def request(name: str, dim: int, dtype: str, ragged: bool) -> Request:
         kernel=kernel_name(hopper.block_sparse_attention_hopper),
         signature={
             "q": tile(64), "k": tile(128), "v": tile(128), "out": tile(64), "lse": "*fp32:16",
-            "counts": "*i32:16", "indices": "*i32:16", "order": "*i32:16", "counter": "*i32:16", "heads": "i32",
-            "query_blocks": "i32", "key_blocks": "i32", "tokens": "i32", "tiles": "i32", "scale": "fp32",
+            "counts": "*i32:16", "indices": "*i32:16", "order": "*i32:16", "counter": "*i32:16",
+            "heads": "i32", "query_blocks": "i32", "key_blocks": "i32", "tokens": "i32", "tiles": "i32",
+            "scale": "fp32",
         },
         constexprs={
             "D": dim, "STAGES": schedule.stages, "Q_STAGES": schedule.q_stages, "RAGGED": ragged,
