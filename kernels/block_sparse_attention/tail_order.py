@@ -15,7 +15,7 @@ from torch import Tensor
 #: Tiles that go by length, at most.
 TAIL = 1024
 #: Tiles that one program ranks.
-_PART = 8
+PART = 8
 
 
 def reference(counts: Tensor, tail: int) -> Tensor:
@@ -61,5 +61,5 @@ def order_tail(counts: Tensor, tail: int) -> tuple[Tensor, Tensor]:
         return counter, counter
     made = counts.new_empty(tail + 1)
     order, counter = made[:tail], made[tail:]
-    tail_order_kernel[(tail // _PART,)](counts, order, counter, counts.numel(), TAIL=tail, PART=_PART)
+    tail_order_kernel[(tail // PART,)](counts, order, counter, counts.numel(), TAIL=tail, PART=PART)
     return order, counter

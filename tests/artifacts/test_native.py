@@ -1,4 +1,4 @@
-"""Hopper's kernel as a C++ operator: what its library asks of a CUDA driver that only takes notes."""
+"""Hopper's kernels as a C++ operator: what its library asks of a CUDA driver that only takes notes."""
 
 from __future__ import annotations
 
@@ -18,9 +18,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from haste_compile.artifacts import aoti, native
 from haste_compile.config import HasteConfig
 from haste_compile.errors import ArtifactError
-from haste_compile.kernels.cross_compile import compile_all
+from haste_compile.kernels.cross_compile import CrossCompiled, compile_all
 
 pytest.importorskip("triton")
+from haste_compile.kernels.block_sparse_attention.tail_order import (  # noqa: E402
+    PART,
+    TAIL,
+    tail_order_kernel,
+)
 
 #: Ragged, several heads, q as a projection gives it and v as a slice of a fused one.
 B, H, N, D = 2, 3, 300, 128
@@ -31,6 +36,8 @@ STRIDES = {
     "out": (N * H * D, D, H * D, 1),
 }
 ADDRESSES = {"q": 0x10000, "k": 0x20000, "v": 0x30000, "out": 0x40000}
+COUNTS, INDICES, SCRATCH, STREAM = 0x50000, 0x60000, 0x70000, 0x88
+ORDER, ATTENTION = "tail_order_kernel", "block_sparse_attention_hopper"
 
 
 @pytest.fixture(scope="module")
@@ -49,38 +56,39 @@ def operator(built: tuple[str, Path]) -> str:
 # A libcuda.so.1 of which every function notes what it was called with.
 DRIVER = r"""
 #include <cuda.h>
+#include <elf.h>
 #include <cstdio>
 #include <cstring>
+#include <string>
+#include <vector>
 #define C extern "C" CUresult
 static void note(const char* name, const void* bytes, size_t count) {
   std::printf("%s ", name);
   for (size_t i = 0; i < count; ++i) std::printf("%02x", static_cast<const unsigned char*>(bytes)[i]);
   std::printf("\n");
+  std::fflush(stdout);
 }
-static const int sizes[] = {PARAMETER_SIZES};
+static struct Kernel { const char* name; std::vector<int> parameter_bytes; } kernels[] = {KERNELS};
 C cuCtxGetDevice(CUdevice* device) { *device = 1; return CUDA_SUCCESS; }
 C cuDeviceGetAttribute(int* value, CUdevice_attribute what, CUdevice) {
   *value = what == CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT ? 7 : CAPABILITY_MAJOR;
   return CUDA_SUCCESS;
 }
-C cuFuncSetAttribute(CUfunction, CUfunction_attribute, int value) {
-  note("shared", &value, 4);
+C cuFuncSetAttribute(CUfunction function, CUfunction_attribute, int value) {
+  note((std::string("shared ") + reinterpret_cast<Kernel*>(function)->name).c_str(), &value, 4);
   return CUDA_SUCCESS;
 }
 C cuGetErrorString(CUresult, const char** text) { *text = "said the driver"; return CUDA_SUCCESS; }
-C cuMemsetD32Async(CUdeviceptr at, unsigned value, size_t count, CUstream stream) {
-  const unsigned long long all[] = {at, value, count, reinterpret_cast<unsigned long long>(stream)};
-  note("fill", all, sizeof all);
-  return CUDA_SUCCESS;
-}
 C cuModuleLoadData(CUmodule* module, const void* image) {
-  *module = nullptr;
+  *module = static_cast<CUmodule>(const_cast<void*>(image));
   note("load", image, 4);
   return CUDA_SUCCESS;
 }
-C cuModuleGetFunction(CUfunction* function, CUmodule, const char* name) {
-  *function = reinterpret_cast<CUfunction>(0x77);
-  note("function", name, std::strlen(name));
+C cuModuleGetFunction(CUfunction* function, CUmodule module, const char* name) {
+  const auto* image = reinterpret_cast<const Elf64_Ehdr*>(module);
+  if (memmem(image, image->e_shoff, name, std::strlen(name)) == nullptr) return CUDA_ERROR_NOT_FOUND;
+  for (Kernel& kernel : kernels)
+    if (std::strcmp(kernel.name, name) == 0) *function = reinterpret_cast<CUfunction>(&kernel);
   return CUDA_SUCCESS;
 }
 C cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank, void* address,
@@ -99,10 +107,10 @@ C cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t 
 }
 C cuLaunchKernel(CUfunction function, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned,
                  unsigned, unsigned shared, CUstream stream, void** parameters, void**) {
-  const unsigned long long all[] = {reinterpret_cast<unsigned long long>(function), x, y, z, threads, shared,
-                                    reinterpret_cast<unsigned long long>(stream)};
-  note("launch", all, sizeof all);
-  for (size_t i = 0; i < sizeof sizes / sizeof *sizes; ++i) note("parameter", parameters[i], sizes[i]);
+  const auto& kernel = *reinterpret_cast<Kernel*>(function);
+  const unsigned long long all[] = {x, y, z, threads, shared, reinterpret_cast<unsigned long long>(stream)};
+  note(kernel.name, all, sizeof all);
+  for (int bytes : kernel.parameter_bytes) note("parameter", *parameters++, bytes);
   return CUDA_SUCCESS;
 }
 """
@@ -113,15 +121,18 @@ library, driver, q = sys.argv[1], sys.argv[2], int(sys.argv[3])
 import torch
 if driver:
     ctypes.CDLL(driver)
-launch = ctypes.CDLL(library).haste_launch
+library = ctypes.CDLL(library)
 strides = json.loads(sys.argv[4])
 longs = lambda values: (ctypes.c_int64 * 4)(*values)
 message = ctypes.create_string_buffer(64)
 pointer = ctypes.c_void_p
-launch(pointer(q), pointer(0x20000), pointer(0x30000), pointer(0x40000), longs([2, 3, 300, 128]),
-       *(longs(strides[name]) for name in ("q", "k", "v", "out")), pointer(0x50000), pointer(0x60000),
-       pointer(0x70000), ctypes.c_double(0.25), pointer(0x88), message, ctypes.c_size_t(64))
-sys.stdout.flush()
+sizes = longs([2, 3, 300, 128])
+library.haste_launch(
+    pointer(q), pointer(0x20000), pointer(0x30000), pointer(0x40000), sizes,
+    *(longs(strides[name]) for name in ("q", "k", "v", "out")), pointer(0x50000), pointer(0x60000),
+    pointer(0x70000), ctypes.c_double(0.25), pointer(0x88), message, ctypes.c_size_t(64))
+library.haste_scratch.restype = ctypes.c_int64
+print("scratch", library.haste_scratch(sizes).to_bytes(8, "little").hex())
 print("message", message.value.hex())
 """
 
@@ -136,19 +147,21 @@ def parameter_sizes(ptx: str) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def kernel() -> Any:
-    return compile_all([native.kernel_request(torch.bfloat16, ragged=True)])[0]
+def kernels() -> dict[str, CrossCompiled]:
+    requests = [native.order_request(), native.attention_request(torch.bfloat16, ragged=True)]
+    return dict(zip((ORDER, ATTENTION), compile_all(requests), strict=True))
 
 
-def driver(folder: Path, sizes: list[int], major: int) -> Path:
+def driver(folder: Path, kernels: dict[str, CrossCompiled], major: int) -> Path:
     import triton
 
     include = Path(triton.__file__).parent / "backends/nvidia/include"
     source, library = folder / "driver.cpp", folder / "libcuda.so.1"
-    source.write_text(DRIVER)
+    sizes = {name: ", ".join(map(str, parameter_sizes(kernel.ptx))) for name, kernel in kernels.items()}
+    table = ", ".join(f'{{"{name}", {{{parameters}}}}}' for name, parameters in sizes.items())
+    source.write_text(DRIVER.replace("KERNELS", table))
     command = ["c++", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-I", str(include), str(source)]
-    command += [f"-DPARAMETER_SIZES={','.join(map(str, sizes))}", f"-DCAPABILITY_MAJOR={major}"]
-    subprocess.run([*command, "-o", str(library)], check=True)
+    subprocess.run([*command, f"-DCAPABILITY_MAJOR={major}", "-o", str(library)], check=True)
     return library
 
 
@@ -158,7 +171,7 @@ def launched(library: Path, driver: Path | str, q: int = ADDRESSES["q"]) -> list
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     return [
         (name, bytes.fromhex(value))
-        for name, _, value in (x.partition(" ") for x in done.stdout.splitlines())
+        for name, _, value in (x.rpartition(" ") for x in done.stdout.splitlines())
     ]
 
 
@@ -166,18 +179,29 @@ def numbers(data: bytes, size: int = 8) -> list[int]:
     return [int.from_bytes(data[i : i + size], "little") for i in range(0, len(data), size)]
 
 
-def test_the_kernel_gets_its_parameters(built: tuple[str, Path], kernel: Any, tmp_path: Path):
-    sizes = parameter_sizes(kernel.ptx)
-    assert len(sizes) == 4 * (1 + 4 + 4) + 4 + 6 + 2
-    notes = launched(built[1], driver(tmp_path, sizes, 9))
-    told = {name: value for name, value in notes if name != "parameter"}
-    assert told["load"] == b"\x7fELF" and told["function"] == b"block_sparse_attention_hopper"
-    assert numbers(told["shared"], 4) == [kernel.shared] and told["message"] == b""
-    assert numbers(told["fill"]) == [0x70000, 0, 1, 0x88]  # the counter, on the stream of the launch
-    threads = int(re.search(r"\.reqntid (\d+)", kernel.ptx)[1])  # type: ignore[index]
-    assert numbers(told["launch"]) == [0x77, 7, 1, 1, threads, kernel.shared, 0x88]
+def test_the_kernels_get_their_parameters(
+    built: tuple[str, Path], kernels: dict[str, CrossCompiled], tmp_path: Path
+):
+    order, attention = kernels.values()
+    order_sizes, sizes = parameter_sizes(order.ptx), parameter_sizes(attention.ptx)
+    assert len(order_sizes) == 4 + 2 and len(sizes) == 4 * (1 + 4 + 4) + 5 + 6 + 2
+    notes = launched(built[1], driver(tmp_path, kernels, 9))
+    told = dict(notes)
+    assert told["message"] == b""
+    assert [value for name, value in notes if name == "load"] == 2 * [b"\x7fELF"]
+    for name, kernel in kernels.items():
+        assert numbers(told[f"shared {name}"], 4) == [kernel.shared]
+    # The order first, both on the caller's stream.
+    assert [name for name, _ in notes if name in kernels] == [ORDER, ATTENTION]
+    for name, programs in ((ORDER, TAIL // PART), (ATTENTION, 7)):
+        threads = int(re.search(r"\.reqntid (\d+)", kernels[name].ptx)[1])  # type: ignore[index]
+        assert numbers(told[name]) == [programs, 1, 1, threads, kernels[name].shared, STREAM]
 
+    counter, lse = SCRATCH + 4 * TAIL, SCRATCH + 4 * TAIL + 256
     parameters = [value for name, value in notes if name == "parameter"]
+    ordering = [numbers(x, len(x))[0] for x in parameters[: len(order_sizes)]]
+    assert ordering == [COUNTS, SCRATCH, counter, B * H * 3, 0, 0]  # no scratch of Triton's
+    parameters = parameters[len(order_sizes) :]
     for place, name in enumerate(("q", "k", "v", "out")):
         descriptor, *shape_and_strides = parameters[9 * place : 9 * place + 9]
         strides = STRIDES[name]
@@ -188,17 +212,27 @@ def test_the_kernel_gets_its_parameters(built: tuple[str, Path], kernel: Any, tm
         assert numbers(descriptor[16:80]) == [ADDRESSES[name], D, N, H, B, *(2 * x for x in strides[2::-1])]
         assert numbers(descriptor[80:96], 4) == [64, rows, 1, 1]  # 64 features are the 128 bytes of a swizzle
     rest = [numbers(x, len(x))[0] for x in parameters[36:]]
-    assert rest[:4] == [0x70000 + 256, 0x50000, 0x60000, 0x70000]  # lse, counts, indices, counter
-    assert rest[4:9] == [H, 3, 3, N, B * H * 3]
-    assert parameters[45] == b"\x00\x00\x80\x3e" and rest[10:] == [0, 0]  # 0.25; no scratch
+    assert rest[:5] == [lse, COUNTS, INDICES, SCRATCH, counter]
+    assert rest[5:10] == [H, 3, 3, N, B * H * 3]
+    assert parameters[46] == b"\x00\x00\x80\x3e" and rest[11:] == [0, 0]  # 0.25; no scratch of Triton's
+    assert SCRATCH + 4 * numbers(told["scratch"])[0] == lse + 4 * B * H * N
 
 
-def test_what_the_driver_refuses_is_told(built: tuple[str, Path], kernel: Any, tmp_path: Path):
+def test_what_the_driver_refuses_is_told(
+    built: tuple[str, Path], kernels: dict[str, CrossCompiled], tmp_path: Path
+):
     (tmp_path / "other").mkdir()
-    library, sizes = built[1], parameter_sizes(kernel.ptx)
-    hopper, ampere = driver(tmp_path, sizes, 9), driver(tmp_path / "other", sizes, 8)
+    library = built[1]
+    hopper, ampere = driver(tmp_path, kernels, 9), driver(tmp_path / "other", kernels, 8)
     assert b"CUDA: said the driver" in dict(launched(library, hopper, q=0x10008))["message"]
     assert b"made for a Hopper GPU" in dict(launched(library, ampere))["message"]
+
+
+def test_arguments_that_are_not_passed_are_told():
+    request = native.order_request()
+    del request.signature["counter"]
+    with pytest.raises(ArtifactError, match=r"wanted counts, order, tiles, TAIL, PART"):
+        native._request(tail_order_kernel, request.signature, request.constexprs)
 
 
 def test_the_operator_as_tracers_see_it(operator: str):

@@ -9,6 +9,7 @@ import torch
 
 pytest.importorskip("triton")
 from haste_compile.kernels.block_sparse_attention.tail_order import (  # noqa: E402
+    PART,
     TAIL,
     order_tail,
     reference,
@@ -48,4 +49,4 @@ def test_none_is_an_order_too():
 
 def test_it_compiles_without_spills():
     signature = {"counts": "*i32:16", "order": "*i32:16", "counter": "*i32:16", "tiles": "i32"}
-    assert compile_for(tail_order_kernel, signature, {"TAIL": TAIL, "PART": 8}).spill_bytes == 0
+    assert compile_for(tail_order_kernel, signature, {"TAIL": TAIL, "PART": PART}).spill_bytes == 0

@@ -1,9 +1,10 @@
 """Hopper's attention kernel as a C++ operator, for graphs that Inductor compiles.
 
 Live graphs on Hopper run a Gluon kernel, which Inductor cannot compile. So an exported graph calls it as an
-operator: its machine code, made by Triton at export, lies in a small shared library that registers the
-operator, makes the TMA descriptors and launches (``attention.cpp``). The library is a file of the artifact
-and must be loaded before it; that takes neither Triton nor haste_compile, and C++ does it with ``dlopen``.
+operator: its machine code and that of ``tail_order_kernel``, made by Triton at export, lie in a small shared
+library that registers the operator, makes the TMA descriptors and launches both (``attention.cpp``). The
+library is a file of the artifact and must be loaded before it; that takes neither Triton nor haste_compile,
+and C++ does it with ``dlopen``.
 
 The operator's name holds a digest of all that went into the library, so that artifacts of several kinds live
 side by side in one process.
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor
 
 from haste_compile.errors import ArtifactError
-from haste_compile.kernels.cross_compile import Request, compile_all, kernel_name
+from haste_compile.kernels.cross_compile import CrossCompiled, Request, compile_all, kernel_name
 from haste_compile.loading import import_optional
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def suits(captured: Captured, capability: tuple[int, int]) -> bool:
 
 
 def build(dtype: torch.dtype, tokens: int, library: Path) -> str:
-    """Compile the kernel for Hopper and the library around it; takes seconds, needs a C++ compiler.
+    """Compile the kernels for Hopper and the library around them; takes seconds, needs a C++ compiler.
 
     Args:
         dtype: of q, k and v: bfloat16 or float16.
@@ -73,31 +74,46 @@ def build(dtype: torch.dtype, tokens: int, library: Path) -> str:
         The operator's name in ``torch.ops.haste_native``.
 
     Raises:
-        DependencyError: triton is missing, or rejects the kernel.
+        DependencyError: triton is missing, or rejects a kernel.
         ArtifactError: the C++ compiler is missing or fails.
     """
     from haste_compile.kernels.block_sparse_attention import hopper
 
-    request = kernel_request(dtype, ragged=tokens % hopper.BLOCK != 0)
-    kernel = compile_all([request])[0]
-    header = _header(kernel.metadata, kernel.shared, dtype, request.constexprs["RAGGED"])
-    digest = hashlib.sha256(b"\0".join([_SOURCE.read_bytes(), header.encode(), kernel.cubin])).hexdigest()
+    ragged = tokens % hopper.BLOCK != 0
+    order, attention = compile_all([order_request(), attention_request(dtype, ragged=ragged)])
+    header = _header(order, attention, dtype, ragged)
+    parts = [_SOURCE.read_bytes(), header.encode(), order.cubin, attention.cubin]
+    digest = hashlib.sha256(b"\0".join(parts)).hexdigest()
     operator = f"attention_{digest[:16]}"
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        (work / "kernel.cubin").write_bytes(kernel.cubin)
-        (work / "kernel.h").write_text(
+        (work / "order.cubin").write_bytes(order.cubin)
+        (work / "attention.cubin").write_bytes(attention.cubin)
+        (work / "kernels.h").write_text(
             f'#define HASTE_OPERATOR "{operator}"\n#define HASTE_SCHEMA "{operator}{_SCHEMA}"\n{header}'
         )
         _compile(work, library)
     return operator
 
 
-def kernel_request(dtype: torch.dtype, *, ragged: bool) -> Request:
-    """The live kernel with its usual schedule, as ``hopper.attend`` launches it.
+def order_request() -> Request:
+    """The kernel that ``tail_order.order_tail`` launches, for the usual schedule.
 
     Raises:
         ArtifactError: the kernel takes other arguments than ``attention.cpp`` passes.
+    """
+    from haste_compile.kernels.block_sparse_attention import hopper, tail_order
+
+    signature = {"counts": "*i32:16", "order": "*i32:16", "counter": "*i32:16", "tiles": "i32"}
+    constexprs = {"TAIL": hopper.Schedule().tail, "PART": tail_order.PART}
+    return _request(tail_order.tail_order_kernel, signature, constexprs)
+
+
+def attention_request(dtype: torch.dtype, *, ragged: bool) -> Request:
+    """The live kernel with its usual schedule, as ``hopper.attend`` launches it.
+
+    Raises:
+        ArtifactError: as :func:`order_request`.
     """
     from haste_compile.kernels.block_sparse_attention import hopper
 
@@ -110,18 +126,21 @@ def kernel_request(dtype: torch.dtype, *, ragged: bool) -> Request:
     query, key, pointer = tile(hopper.BLOCK // 2), tile(hopper.BLOCK), "*i32:16"
     signature = {
         "q": query, "k": key, "v": key, "out": query, "lse": "*fp32:16", "counts": pointer,
-        "indices": pointer, "counter": pointer, "heads": "i32", "query_blocks": "i32", "key_blocks": "i32",
-        "tokens": "i32", "tiles": "i32", "scale": "fp32",
+        "indices": pointer, "order": pointer, "counter": pointer, "heads": "i32", "query_blocks": "i32",
+        "key_blocks": "i32", "tokens": "i32", "tiles": "i32", "scale": "fp32",
     }  # fmt: skip
     schedule = {field.upper(): value for field, value in dataclasses.asdict(hopper.Schedule()).items()}
-    constexprs = {"D": hopper.DIM, "Q_STAGES": 2, "RAGGED": ragged, **schedule}
-    kernel = hopper.block_sparse_attention_hopper
+    constexprs = {"D": hopper.DIM, "RAGGED": ragged, **schedule}
+    return _request(hopper.block_sparse_attention_hopper, signature, constexprs)
+
+
+def _request(kernel: Any, signature: dict[str, str], constexprs: dict[str, Any]) -> Request:
     found = list(inspect.signature(kernel.fn).parameters)
     if found[: len(signature)] != list(signature) or set(found[len(signature) :]) != set(constexprs):
         raise ArtifactError(
             found=", ".join(found),
             wanted=", ".join([*signature, *constexprs]),
-            where="Hopper's kernel of block_sparse_attention",
+            where=kernel_name(kernel),
             fix="Make attention.cpp pass what the kernel takes.",
         )
     return Request(kernel=kernel_name(kernel), signature=signature, constexprs=constexprs)
@@ -143,31 +162,31 @@ def declare(operator: str) -> None:
     torch.library.register_fake(f"{NAMESPACE}::{operator}", fake, allow_override=True)
 
 
-def _header(metadata: dict[str, str], shared: int, dtype: torch.dtype, ragged: bool) -> str:
-    """What ``attention.cpp`` has to know of the kernel."""
-    from haste_compile.kernels.block_sparse_attention import hopper
+def _header(order: CrossCompiled, attention: CrossCompiled, dtype: torch.dtype, ragged: bool) -> str:
+    """What ``attention.cpp`` has to know of the kernels."""
+    from haste_compile.kernels.block_sparse_attention import hopper, tail_order
 
     read: Any = ast.literal_eval
-    tiles = read(metadata["tensordesc_meta"])
+    tiles = read(attention.metadata["tensordesc_meta"])
     query, key, value, out = (tile["block_size"] for tile in tiles)
-    scratch = read(metadata["global_scratch_size"]) or read(metadata["profile_scratch_size"])
-    if scratch or query != out or key != value or read(metadata["num_ctas"]) != 1:
-        raise ArtifactError(
-            found=f"descriptors {tiles}, {scratch} bytes of scratch, {metadata['num_ctas']} blocks a cluster",
-            wanted="a kernel that attention.cpp can launch",
-            where="Hopper's kernel of block_sparse_attention, compiled by this Triton",
-            fix="Install triton 3.6 or 3.7.",
-        )
+    kernels = {"ORDER": order, "ATTENTION": attention}
+    for kernel in kernels.values():
+        metadata = kernel.metadata
+        scratch = read(metadata["global_scratch_size"]) or read(metadata["profile_scratch_size"])
+        cluster = read(metadata["num_ctas"])
+        if scratch or query != out or key != value or cluster != 1:
+            raise ArtifactError(
+                found=f"descriptors {tiles}, {scratch} bytes of scratch, {cluster} blocks a cluster",
+                wanted="a kernel that attention.cpp can launch",
+                where=f"{read(metadata['name'])}, compiled by this Triton",
+                fix="Install triton 3.6 or 3.7.",
+            )
 
     def box(sizes: list[int]) -> str:
         return "{" + ", ".join(map(str, reversed(sizes))) + "}"
 
     _, data_type, scalar_type = _DTYPES[dtype]
     values = {
-        "CUBIN": '"kernel.cubin"',
-        "KERNEL": f'"{read(metadata["name"])}"',
-        "SHARED": shared,
-        "THREADS": 32 * read(metadata["num_warps"]),
         "DATA_TYPE": data_type,
         "SCALAR_TYPE": f"torch::headeronly::ScalarType::{scalar_type}",
         "SWIZZLE": _SWIZZLES[tiles[0]["swizzle"]],
@@ -177,7 +196,16 @@ def _header(metadata: dict[str, str], shared: int, dtype: torch.dtype, ragged: b
         "DIM_TEXT": f'"{hopper.DIM}"',
         "BLOCK": hopper.BLOCK,
         "RAGGED": str(ragged).lower(),
+        "TAIL": hopper.Schedule().tail,
+        "PART": tail_order.PART,
     }
+    for name, kernel in kernels.items():
+        values |= {
+            f"{name}_CUBIN": f'"{name.lower()}.cubin"',
+            f"{name}_KERNEL": f'"{read(kernel.metadata["name"])}"',
+            f"{name}_SHARED": kernel.shared,
+            f"{name}_THREADS": 32 * read(kernel.metadata["num_warps"]),
+        }
     return "".join(f"#define HASTE_{name} {value}\n" for name, value in values.items())
 
 

@@ -1,10 +1,10 @@
 // Hopper's block-sparse attention as an operator of PyTorch, without Python: the machine code that Triton's
-// compiler made of block_sparse_attention/hopper.py, its TMA descriptors, its launch.
+// compiler made of block_sparse_attention/hopper.py and tail_order.py, its TMA descriptors, its two launches.
 //
-// kernel.h, written at export, says what was compiled: the operator's name and schema, the kernel's name, its
-// machine code, shared memory and threads, what its descriptors hold (boxes innermost axis first) and what sizes
-// it is for. PyTorch is reached through its stable ABI alone, and CUDA through libcuda.so.1, which is opened at
-// the first call: the library loads without a GPU.
+// kernels.h, written at export, says what was compiled: the operator's name and schema, each kernel's name,
+// machine code, shared memory and threads, what the descriptors hold (boxes innermost axis first), how many tiles
+// go by length, and what sizes it is for. PyTorch is reached through its stable ABI alone, and CUDA through
+// libcuda.so.1, which is opened at the first call: the library loads without a GPU.
 
 #include <cuda.h>
 #include <dlfcn.h>
@@ -20,14 +20,17 @@
 #include <stdexcept>
 #include <string>
 
-#include "kernel.h"
+#include "kernels.h"
 
 asm(".pushsection .rodata\n"
     ".balign 64\n"
-    "haste_cubin:\n"
-    ".incbin \"" HASTE_CUBIN "\"\n"
+    "haste_order_cubin:\n"
+    ".incbin \"" HASTE_ORDER_CUBIN "\"\n"
+    ".balign 64\n"
+    "haste_attention_cubin:\n"
+    ".incbin \"" HASTE_ATTENTION_CUBIN "\"\n"
     ".popsection\n");
-extern "C" __attribute__((visibility("hidden"))) const unsigned char haste_cubin[];
+extern "C" __attribute__((visibility("hidden"))) const unsigned char haste_order_cubin[], haste_attention_cubin[];
 
 namespace {
 
@@ -48,7 +51,6 @@ struct Driver {
   decltype(&cuFuncSetAttribute) set_attribute;
   decltype(&cuGetErrorString) error_string;
   decltype(&cuLaunchKernel) launch;
-  decltype(&cuMemsetD32Async) fill;
   decltype(&cuModuleGetFunction) function;
   decltype(&cuModuleLoadData) load;
   decltype(&cuTensorMapEncodeTiled) encode;
@@ -61,7 +63,6 @@ struct Driver {
     find(library, "cuFuncSetAttribute", set_attribute);
     find(library, "cuGetErrorString", error_string);
     find(library, "cuLaunchKernel", launch);
-    find(library, "cuMemsetD32Async", fill);
     find(library, "cuModuleGetFunction", function);
     find(library, "cuModuleLoadData", load);
     find(library, "cuTensorMapEncodeTiled", encode);
@@ -84,34 +85,6 @@ struct Driver {
 const Driver& driver() {
   static const Driver loaded;
   return loaded;
-}
-
-// The kernel as the context of one device holds it.
-struct Loaded {
-  CUfunction function = nullptr;
-  unsigned multiprocessors = 0;
-};
-
-const Loaded& loaded_for(CUdevice device) {
-  static std::mutex mutex;
-  static std::array<Loaded, 64> by_device;
-  require(device >= 0 && device < static_cast<CUdevice>(by_device.size()), "too many devices");
-  const std::lock_guard lock(mutex);
-  Loaded& found = by_device[device];
-  if (found.function == nullptr) {
-    const Driver& cuda = driver();
-    int major = 0, count = 0;
-    cuda.check(cuda.attribute(&major, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device));
-    require(major == 9, "made for a Hopper GPU");
-    cuda.check(cuda.attribute(&count, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, device));
-    CUmodule module = nullptr;
-    CUfunction function = nullptr;
-    cuda.check(cuda.load(&module, haste_cubin));
-    cuda.check(cuda.function(&function, module, HASTE_KERNEL));
-    cuda.check(cuda.set_attribute(function, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, HASTE_SHARED));
-    found = {function, static_cast<unsigned>(count)};
-  }
-  return found;
 }
 
 constexpr int kRank = 4;
@@ -156,9 +129,72 @@ struct Parameters {
   }
 };
 
+// A kernel as the context of one device holds it.
+struct Kernel {
+  CUfunction function = nullptr;
+  unsigned threads = 0, shared = 0;
+
+  Kernel() = default;
+  Kernel(const unsigned char* cubin, const char* name, unsigned threads, unsigned shared)
+      : threads(threads), shared(shared) {
+    const Driver& cuda = driver();
+    CUmodule module = nullptr;
+    cuda.check(cuda.load(&module, cubin));
+    cuda.check(cuda.function(&function, module, name));
+    cuda.check(cuda.set_attribute(function, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared));
+  }
+
+  template <typename... Values>
+  void launch(unsigned programs, CUstream queue, Values&... values) const {
+    CUdeviceptr no_scratch = 0, no_profile = 0;  // what Triton's kernels take last
+    Parameters parameters;
+    (parameters.add(values), ...);
+    parameters.add(no_scratch);
+    parameters.add(no_profile);
+    const Driver& cuda = driver();
+    cuda.check(cuda.launch(function, programs, 1, 1, threads, 1, 1, shared, queue, parameters.pointers.data(),
+                           nullptr));
+  }
+};
+
+// What a launch needs of one device.
+struct Loaded {
+  Kernel order, attention;
+  unsigned multiprocessors = 0;
+};
+
+const Loaded& loaded_for(CUdevice device) {
+  static std::mutex mutex;
+  static std::array<Loaded, 64> by_device;
+  require(device >= 0 && device < static_cast<CUdevice>(by_device.size()), "too many devices");
+  const std::lock_guard lock(mutex);
+  Loaded& found = by_device[device];
+  if (found.multiprocessors == 0) {
+    const Driver& cuda = driver();
+    int major = 0, count = 0;
+    cuda.check(cuda.attribute(&major, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device));
+    require(major == 9, "made for a Hopper GPU");
+    cuda.check(cuda.attribute(&count, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, device));
+    found = {Kernel(haste_order_cubin, HASTE_ORDER_KERNEL, HASTE_ORDER_THREADS, HASTE_ORDER_SHARED),
+             Kernel(haste_attention_cubin, HASTE_ATTENTION_KERNEL, HASTE_ATTENTION_THREADS, HASTE_ATTENTION_SHARED),
+             static_cast<unsigned>(count)};
+  }
+  return found;
+}
+
+// The scratch, in bytes: what order the last tiles go in, the counter that all are fetched from, in cache lines of
+// its own, then the logarithms, which no exported graph reads.
+constexpr int64_t kCounterAt = HASTE_TAIL * sizeof(int32_t), kLogarithmsAt = kCounterAt + 256;
+static_assert(kCounterAt > 0 && kCounterAt % 16 == 0, "the kernels are compiled for addresses of 16·n bytes");
+
 }  // namespace
 
-// The launch alone, on the current context: tensors by address, sizes and strides in elements. What is wrong
+// Scratch for tensors of these sizes, in units of four bytes.
+extern "C" __attribute__((visibility("default"))) int64_t haste_scratch(const int64_t* sizes) {
+  return kLogarithmsAt / sizeof(float) + sizes[0] * sizes[1] * sizes[2];
+}
+
+// The launches alone, on the current context: tensors by address, sizes and strides in elements. What is wrong
 // comes back as text in message, which is empty otherwise.
 extern "C" __attribute__((visibility("default"))) void haste_launch(void* q, void* k, void* v, void* out, const int64_t* sizes, const int64_t* q_strides,
                              const int64_t* k_strides, const int64_t* v_strides, const int64_t* out_strides,
@@ -169,38 +205,19 @@ extern "C" __attribute__((visibility("default"))) void haste_launch(void* q, voi
     const auto queue = static_cast<CUstream>(stream);
     CUdevice device = 0;
     cuda.check(cuda.context_device(&device));
-    const Loaded& kernel = loaded_for(device);
+    const Loaded& kernels = loaded_for(device);
     Descriptor queries(q, sizes, q_strides, HASTE_QUERY_BOX), keys(k, sizes, k_strides, HASTE_KEY_BOX),
         values(v, sizes, v_strides, HASTE_KEY_BOX), output(out, sizes, out_strides, HASTE_QUERY_BOX);
     auto heads = static_cast<int32_t>(sizes[1]), tokens = static_cast<int32_t>(sizes[2]);
     int32_t blocks = (tokens + HASTE_BLOCK - 1) / HASTE_BLOCK;
     int32_t key_blocks = blocks, tiles = static_cast<int32_t>(sizes[0]) * heads * blocks;
     auto factor = static_cast<float>(scale);
-    // The counter that tiles are fetched from, then the logarithms, which no exported graph reads.
-    auto counter = reinterpret_cast<CUdeviceptr>(scratch), lse = counter + 256;
+    auto order = reinterpret_cast<CUdeviceptr>(scratch), counter = order + kCounterAt, lse = order + kLogarithmsAt;
     auto counts_at = reinterpret_cast<CUdeviceptr>(counts), indices_at = reinterpret_cast<CUdeviceptr>(indices);
-    CUdeviceptr no_scratch = 0, no_profile = 0;
-    Parameters parameters;
-    parameters.add(queries);
-    parameters.add(keys);
-    parameters.add(values);
-    parameters.add(output);
-    parameters.add(lse);
-    parameters.add(counts_at);
-    parameters.add(indices_at);
-    parameters.add(counter);
-    parameters.add(heads);
-    parameters.add(blocks);
-    parameters.add(key_blocks);
-    parameters.add(tokens);
-    parameters.add(tiles);
-    parameters.add(factor);
-    parameters.add(no_scratch);
-    parameters.add(no_profile);
-    cuda.check(cuda.fill(counter, 0, 1, queue));
-    const unsigned programs = std::min(static_cast<unsigned>(tiles), kernel.multiprocessors);
-    cuda.check(cuda.launch(kernel.function, programs, 1, 1, HASTE_THREADS, 1, 1, HASTE_SHARED, queue,
-                           parameters.pointers.data(), nullptr));
+    kernels.order.launch(HASTE_TAIL / HASTE_PART, queue, counts_at, order, counter, tiles);
+    const unsigned programs = std::min(static_cast<unsigned>(tiles), kernels.multiprocessors);
+    kernels.attention.launch(programs, queue, queries, keys, values, output, lse, counts_at, indices_at, order, counter,
+                             heads, blocks, key_blocks, tokens, tiles, factor);
     if (message_bytes > 0) message[0] = 0;
   } catch (const std::exception& error) {
     std::string(error.what()).copy(message, message_bytes - 1);
@@ -248,7 +265,7 @@ Tensor attend(Tensor q, Tensor k, Tensor v, Tensor counts, Tensor indices, doubl
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   const auto float32 = torch::headeronly::ScalarType::Float;
   Tensor out = torch::stable::transpose(torch::stable::new_empty(q, {sizes[0], sizes[2], sizes[1], sizes[3]}), 1, 2);
-  Tensor scratch = torch::stable::new_empty(q, {64 + sizes[0] * sizes[1] * sizes[2]}, float32);
+  Tensor scratch = torch::stable::new_empty(q, {haste_scratch(sizes)}, float32);
   std::array<std::array<int64_t, kRank>, 4> strides;
   const std::array<const Tensor*, 4> tensors = {&q, &k, &v, &out};
   for (size_t i = 0; i < tensors.size(); ++i)
