@@ -18,6 +18,9 @@ from haste_compile.explanation import example_inputs
 from haste_compile.generation import Request
 from haste_compile.predictors import get_predictor
 
+#: Blocks that the way back is timed through.
+_TIMED_BLOCKS = 2
+
 
 @dataclasses.dataclass(frozen=True)
 class Seconds:
@@ -84,6 +87,8 @@ def time_transformer(
 ) -> Seconds:
     """Run one random state of that size, a second time after a first that compiles, and time its parts.
 
+    Ways back are timed through the last blocks, as many as tell enough: a model's blocks are alike.
+
     Raises:
         OptionError, StateError: as ``Interception``.
     """
@@ -106,13 +111,15 @@ def time_transformer(
         probes = [torch.randn(output.shape, generator=generator).to(output) for _ in range(2)]
         _send_back(interception, inputs, probes[:1], [], blocks=1)  # compiles: all blocks are one graph
         clock.lap()
-        _send_back(interception, inputs, probes[:1], [])
+        timed = min(_TIMED_BLOCKS, len(interception.blocks))
+        _send_back(interception, inputs, probes[:1], [], blocks=timed)
         one = clock.lap()
         sparse: list[float] = []
-        _send_back(interception, inputs, probes, [_time_sparse(config, clock, sparse)])
+        _send_back(interception, inputs, probes, [_time_sparse(config, clock, sparse)], blocks=timed)
         two = clock.lap() + clock.outside
+        share = timed / len(interception.blocks)
     backward = max(two - one, 0.0)
-    return Seconds(forward, max(one - backward, 0.0), backward, sum(sparse))
+    return Seconds(forward, max(one - backward, 0.0) / share, backward / share, sum(sparse) / share)
 
 
 def estimate(plan: Plan, seconds: dict[str, Seconds]) -> Cost:
@@ -126,6 +133,7 @@ def estimate(plan: Plan, seconds: dict[str, Seconds]) -> Cost:
     candidates = len(settings.measured)
     mean_forward = sum(s.forward for s in seconds.values()) / len(seconds)
     video_forwards = plan.request.steps * branches
+    dense_forwards = sum(video.needed_steps for video in plan.videos) * branches
     units = plan.units()
     measuring, forwards, full, backwards = 0.0, 0.0, 0.0, 0
     for unit in units:
@@ -144,10 +152,10 @@ def estimate(plan: Plan, seconds: dict[str, Seconds]) -> Cost:
             )
             forwards, full = forwards + runs * share + 1 / layers, full + runs + 1 / layers
     return Cost(
-        dense=len(plan.videos) * video_forwards * mean_forward,
+        dense=dense_forwards * mean_forward,
         measuring=measuring,
         held_out=2 * len(plan.held_out) * video_forwards * mean_forward,
-        forwards=(len(plan.videos) + 2 * len(plan.held_out)) * video_forwards,
+        forwards=dense_forwards + 2 * len(plan.held_out) * video_forwards,
         units=len(units),
         measured_forwards=forwards,
         full_forwards=full,

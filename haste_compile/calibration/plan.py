@@ -24,6 +24,11 @@ class Video:
     seed: int
     steps: dict[str, tuple[int, ...]]
 
+    @property
+    def needed_steps(self) -> int:
+        """Denoising steps up to the last one measured; what follows tells calibration nothing."""
+        return max(max(steps, default=-1) for steps in self.steps.values()) + 1
+
 
 @dataclasses.dataclass(frozen=True)
 class Unit:

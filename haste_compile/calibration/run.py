@@ -218,8 +218,8 @@ class _Run:
         }
 
     def _record_videos(self, interceptions: dict[str, Interception]) -> None:
-        steps = self.plan.request.steps
         for index in self.group.mine(range(len(self.plan.videos))):
+            steps = self.plan.videos[index].needed_steps
             name = f"video-{index}"
             if name in self.journal:
                 continue

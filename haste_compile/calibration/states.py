@@ -28,7 +28,7 @@ def record_video(
     index: int,
     on_step: Callable[[int], None],
 ) -> dict[str, Tensor]:
-    """Generate video ``index`` of the plan dense and keep what its states need.
+    """Generate video ``index`` of the plan dense, up to its last state, and keep what its states need.
 
     Returns:
         flat names -> tensors on the host, for ``state_inputs`` and ``stale_masks``.
@@ -50,6 +50,8 @@ def record_video(
     def step_ended(step: int) -> None:
         recorder.step_ended()
         on_step(step)
+        if step + 1 == video.needed_steps:
+            pipe._interrupt = True  # how a callback ends a diffusers pipeline's loop
 
     try:
         with contextlib.ExitStack() as stack:

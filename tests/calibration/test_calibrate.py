@@ -19,9 +19,11 @@ import haste_compile
 from haste_compile import _torch, cli
 from haste_compile.calibration.cost import Seconds, estimate
 from haste_compile.calibration.gradient import _probe_scale
+from haste_compile.calibration.intercept import Interception
 from haste_compile.calibration.plan import interval_bounds, make_plan, served_steps
 from haste_compile.calibration.run import make_settings
 from haste_compile.calibration.settings import Settings
+from haste_compile.calibration.states import record_video
 from haste_compile.config import HasteConfig
 from haste_compile.errors import BudgetError, HasteError, OptionError, OutputPathError, ProfileError
 from haste_compile.generation import generate
@@ -211,13 +213,27 @@ def test_each_expert_is_measured_where_it_serves() -> None:
         served_steps(pipe, dataclasses.replace(REQUEST, steps=1))
 
 
+def test_a_dense_video_ends_with_its_last_state() -> None:
+    pipe = tiny_wan.build_pipeline()
+    config = HasteConfig.from_options(OPTIONS)
+    plan = make_plan(pipe, PROMPTS, REQUEST, config, make_settings(**SMALL))
+    (video,) = plan.videos
+    video = dataclasses.replace(video, steps={"transformer": (1, 2)})
+    plan = dataclasses.replace(plan, videos=(video,))
+    seen: list[int] = []
+    with Interception(pipe.transformer, config) as interception:
+        kept = record_video(pipe, {"transformer": interception}, plan, 0, seen.append)
+    assert seen == [0, 1, 2] and REQUEST.steps > 3
+    assert {int(name.split(".")[2]) for name in kept if ".input." in name} == {1, 2}
+
+
 def test_cost_counts_what_is_done() -> None:
     pipe = tiny_wan.build_pipeline()
     config = HasteConfig.from_options(OPTIONS)
     seconds = {"transformer": Seconds(forward=1.0, again=2.0, backward=3.0, sparse=0.5)}
     plan = make_plan(pipe, PROMPTS, REQUEST, config, make_settings(**SMALL, held_out=1))
     cost = estimate(plan, seconds)
-    assert cost.dense == 5 * 2 and cost.held_out == 2 * 5 * 2
+    assert cost.dense == plan.videos[0].needed_steps * 2 and cost.held_out == 2 * 5 * 2
     assert cost.units == 4 and cost.measuring == 4 * (1 + 2 + 4 * 3 + 3 * 0.5)
     plan = make_plan(pipe, PROMPTS, REQUEST, config, make_settings(**SMALL, method="exact"))
     cost = estimate(plan, seconds)
