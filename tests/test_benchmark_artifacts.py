@@ -15,6 +15,7 @@ from benchmarks import artifact_parity, artifact_speed, wan_forward
 from benchmarks.attention_problems import WrongResultError
 from haste_compile.artifacts import FORMATS
 
+ROOT = Path(__file__).parents[1]
 SIZE = ["--height", "128", "--width", "128", "--frames", "17", "--steps", "3"]
 OPTIONS = [
     "-o",
@@ -111,3 +112,19 @@ def test_speed_sums_up_interleaved_times():
         "paired_ratio": pytest.approx(1.1),
         "paired_quartiles": pytest.approx([0.9, 1.55]),
     }
+
+
+def test_the_docs_give_the_recorded_speed() -> None:
+    record = json.loads((ROOT / "benchmarks/results/artifact-speed-h200.json").read_text(encoding="utf-8"))
+    docs = " ".join((ROOT / "docs/export.md").read_text(encoding="utf-8").split())
+    low, high = record["paired_quartiles"]
+    for text in (
+        f"{record['live_ms']:.2f} ms live and {record['artifact_ms']:.2f} ms as an artifact, "
+        f"a ratio of {record['ratio']:.3f}",
+        f"the median ratio of a step is {record['paired_ratio']:.3f}, its quartiles {low:.3f} and {high:.3f}",
+        f"{record['bytes'] / 1e6:.0f} MB on disk; {record['export_s']:.0f} s to export, "
+        f"{record['load_s']:.1f} s to load",
+    ):
+        assert text in docs
+    assert record["relative_error"] == 0 and "All outputs were equal" in docs
+    assert abs(record["ratio"] - 1) <= 0.03 and record["layers"] == 8

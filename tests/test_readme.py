@@ -187,7 +187,7 @@ def test_demo_figures_are_the_recorded_run() -> None:
         f"{recorded['haste_seconds']:.1f} s sparse",
     ):
         assert figure in section
-    on_gpu = json.loads((ROOT / "benchmarks/results/demo-h100.json").read_text(encoding="utf-8"))
+    on_gpu = json.loads((ROOT / "benchmarks/results/demo-h200.json").read_text(encoding="utf-8"))
     assert all(on_gpu["checks"].values())
     for figure in (f"density {on_gpu['density']:.1%}", f"{on_gpu['psnr_db']:.2f} dB"):
         assert figure in section

@@ -7,6 +7,8 @@ where attention is Hopper's Gluon kernel, in a shared library beside the package
 
 from __future__ import annotations
 
+import os
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,10 +21,14 @@ from haste_compile.artifacts import native
 from haste_compile.artifacts.base import Call, Written
 from haste_compile.artifacts.capture import Captured
 from haste_compile.artifacts.manifest import Manifest
-from haste_compile.errors import ArtifactVersionError, DeviceError, OptionError
+from haste_compile.errors import ArtifactError, ArtifactVersionError, DeviceError, OptionError
 from haste_compile.loading import import_optional
 
 SUFFIX, LIBRARY_SUFFIX = ".pt2", ".so"
+#: What a library that shares the process' C++ runtime names among those it needs.
+_RUNTIMES = (b"libstdc++.so", b"libc++.so")
+#: Bytes of a library within which those names lie: before its code, and far before its weights.
+_HEAD = 1 << 20
 
 
 def write(captured: Captured, path: Path) -> Written:
@@ -31,14 +37,14 @@ def write(captured: Captured, path: Path) -> Written:
     Raises:
         OptionError: the path does not end in ``.pt2``, which AOTInductor insists on.
         DependencyError: triton is missing, on CUDA.
-        ArtifactError: the C++ compiler is missing or fails, on Hopper.
+        ArtifactError: the C++ compiler is missing or fails, on Hopper, or makes what would crash when loaded.
     """
     if path.suffix != SUFFIX:
         raise OptionError(
             found=repr(path.name), wanted=f"a name that ends in {SUFFIX}", where="path", fix="Rename it."
         )
     if captured.device.type == "cpu":
-        _torch.aoti_package(captured.program("plain"), path, metadata=_metadata(captured))
+        _compile(captured.program("plain"), path, captured)
         return Written((path,))
     import_optional("triton", extra="gpu")
     capability = torch.cuda.get_device_capability(captured.device)
@@ -52,9 +58,39 @@ def write(captured: Captured, path: Path) -> Written:
         native.declare(operator)
         extra.update(attention="gluon", operator=operator)
         files = (path, library)
-    program = captured.program("triton", operator=operator)
-    _torch.aoti_package(program, path, metadata=_metadata(captured))
+    _compile(captured.program("triton", operator=operator), path, captured)
     return Written(files, extra=extra)
+
+
+def _compile(program: torch.export.ExportedProgram, path: Path, captured: Captured) -> None:
+    _torch.aoti_package(program, path, metadata=_metadata(captured))
+    check_runtime(path)
+
+
+def check_runtime(path: Path) -> None:
+    """Refuse a package with a C++ runtime of its own, which some compilers link in: it crashes when loaded.
+
+    AOTInductor's code parses the name of its device by ``std::regex``. Half of the locale that this looks at
+    is then the process' own, and the other half the package's.
+
+    Raises:
+        ArtifactError: the package, which is removed, is of that kind.
+    """
+    with zipfile.ZipFile(path) as package:
+        heads = []
+        for name in package.namelist():
+            if name.endswith(".so"):
+                with package.open(name) as library:
+                    heads.append(library.read(_HEAD))
+    if any(runtime in head for head in heads for runtime in _RUNTIMES):
+        return
+    path.unlink()
+    raise ArtifactError(
+        found="a package that holds a C++ runtime of its own",
+        wanted="one that uses the libstdc++.so of the process",
+        where=f"the C++ compiler, CXX={os.environ.get('CXX', 'g++')}",
+        fix="Set CXX to a compiler that does not link libstdc++ statically, such as CXX=/usr/bin/g++.",
+    )
 
 
 def open_(manifest: Manifest, path: Path, device: torch.device) -> Call:

@@ -44,12 +44,12 @@ def _scheduled(schedule: hopper.Schedule) -> Attend:
 
 VARIANTS: dict[str, Variant] = {
     "triton": Variant(kernel.attend, (), confirmed=True),
-    "gluon": Variant(_scheduled(hopper.Schedule()), (9,), confirmed=False),
-    "gluon, no tail": Variant(_scheduled(hopper.Schedule(tail=0)), (9,), confirmed=False),
+    "gluon": Variant(_scheduled(hopper.Schedule()), (9,), confirmed=True),
+    "gluon, no tail": Variant(_scheduled(hopper.Schedule(tail=0)), (9,), confirmed=True),
     "gluon, 3 stages": Variant(
-        _scheduled(hopper.Schedule(stages=3, q_stages=1)), (9,), confirmed=False
+        _scheduled(hopper.Schedule(stages=3, q_stages=1)), (9,), confirmed=True
     ),
     "gluon, tiles in order": Variant(
-        _scheduled(hopper.Schedule(small_last=False)), (9,), confirmed=False
+        _scheduled(hopper.Schedule(small_last=False)), (9,), confirmed=True
     ),
 }  # fmt: skip

@@ -18,8 +18,8 @@ from torch.utils.cpp_extension import CUDA_HOME
 
 import haste_compile
 from haste_compile.artifacts import manifest
-from haste_compile.artifacts.aoti import open_
-from haste_compile.errors import ArtifactVersionError, DeviceError, OptionError
+from haste_compile.artifacts.aoti import check_runtime, open_
+from haste_compile.errors import ArtifactError, ArtifactVersionError, DeviceError, OptionError
 
 ROOT = Path(__file__).parents[2]
 BUILD = {"cmake": shutil.which("cmake"), "c++": shutil.which("c++")}
@@ -30,6 +30,24 @@ if torch.version.cuda:  # CMake's package of a CUDA wheel wants the CUDA toolkit
 @pytest.fixture
 def package(artifact: Callable[[str], Path]) -> Path:
     return artifact("aoti")
+
+
+def test_a_package_with_a_runtime_of_its_own_is_refused(tmp_path: Path):
+    source = tmp_path / "model.cpp"
+    source.write_text("#include <iostream>\nvoid say() { std::cout << 1; }\n")
+
+    def packed(*flags: str) -> Path:
+        library = tmp_path / "model.so"
+        subprocess.run(["g++", "-shared", "-fPIC", str(source), "-o", str(library), *flags], check=True)
+        with zipfile.ZipFile(tmp_path / "model.pt2", "w") as package:
+            package.write(library, "model/data/model.so")
+        return tmp_path / "model.pt2"
+
+    check_runtime(packed())
+    own = packed("-static-libstdc++")
+    with pytest.raises(ArtifactError, match="a C\\+\\+ runtime of its own.*CXX"):
+        check_runtime(own)
+    assert not own.exists()
 
 
 @pytest.mark.skipif(None in BUILD.values(), reason="needs cmake, a C++ compiler, CUDA wheels their toolkit")
