@@ -29,7 +29,10 @@ RECORDS = {
         "calibration-study-gpu.json",
         "python -m benchmarks.calibration_study --prompts 20 --seeds 2 --dtype float16 --workers 8",
     ),
-    "forms-gpu": ("calibration-forms-gpu.json", "python -m benchmarks.calibration_forms --dtype float16"),
+    "forms-gpu": (
+        "calibration-forms-gpu.json",
+        "python -m benchmarks.calibration_forms --dtype float16 --probes 7",
+    ),
     "cost-1.3b": ("calibration-cost-1.3b.json", "python -m benchmarks.calibration_cost --model 1.3b"),
     "cost-14b": (
         "calibration-cost-14b.json",

@@ -302,7 +302,7 @@ def calibrate(
     ] = None,
     videos: Annotated[int | None, typer.Option(help="Dense videos to measure at.")] = None,
     intervals: Annotated[int | None, typer.Option(help="Steps measured in each video. Default: 4.")] = None,
-    probes: Annotated[int | None, typer.Option(help="Probes sent backwards. Default: 4.")] = None,
+    probes: Annotated[int | None, typer.Option(help="Probes sent backwards. Default: 3.")] = None,
     held_out: Annotated[int | None, typer.Option(help="Prompts kept for the comparison with dense.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of every draw. Default: 0.")] = None,
     budget_minutes: Annotated[

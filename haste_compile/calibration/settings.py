@@ -46,7 +46,7 @@ class Settings:
     videos: int | None = None
     intervals: int | tuple[tuple[int, int], ...] = 4
     branches: Literal["both", "conditional"] = "both"
-    probes: int = 4
+    probes: int = 3
     weights: BandWeights = BandWeights()
     delta: Literal["keep", "choose"] = "keep"
     ages: tuple[int, ...] = (1, 2, 4)

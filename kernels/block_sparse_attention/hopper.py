@@ -83,7 +83,7 @@ def _schedule(
 
 @gluon.jit
 def _next_tile(work, work_full, work_empty, done, LAYOUT: gl.constexpr):
-    """Tile, length of its list, last index in it, and a one for all who read them to arrive with."""
+    """Tile, length of its list, last index in it; tells the scheduler that this partition has read them."""
     mbarrier.wait(work_full.index(0), done & 1)
     tile = gl.max(work.index(0).load(LAYOUT), 0)
     kept = gl.max(work.index(1).load(LAYOUT), 0)
