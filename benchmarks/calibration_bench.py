@@ -14,7 +14,6 @@ import dataclasses
 import os
 import statistics
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -73,6 +72,7 @@ class Bench:
         self.folder = folder
         self._last: dict[str, Any] | None = None
         self._compiled = 0
+        self._busy_dense: float | None = None
         self._forget()  # what this process compiled before
 
     def facts(self) -> dict[str, Any]:
@@ -188,27 +188,19 @@ class Bench:
             self.pipe, self.pool, self.request, self.options, settings, profile
         )
 
-    def seconds(
-        self, request: Request, rows: Sequence[dict[str, Any]], until: float = float("inf")
-    ) -> list[dict[str, float | None] | None]:
-        """Times of one video's denoising loop under each of the options; nothing else may run meanwhile.
-
-        Args:
-            until: ``time.monotonic()`` after which no row is begun.
+    def seconds(self, request: Request, options: dict[str, Any]) -> dict[str, float | None]:
+        """Times of one video's denoising loop under the options; nothing else may run meanwhile.
 
         Returns:
-            For every row "sparse", and "dense" just before it; on a GPU also "busy_sparse" and "busy_dense",
-            what it spends in kernels, from runs of their own under a profiler. None for a row not begun.
+            "sparse", and "dense" just before it; on a GPU also "busy_sparse" and "busy_dense", what it spends
+            in kernels, from runs of their own under a profiler.
         """
-        busy_dense = self._busy_seconds(request)
-
-        def measure(options: dict[str, Any]) -> dict[str, float | None]:
-            dense = self._loop_seconds(request)
-            with self._optimized(options):
-                sparse, busy = self._loop_seconds(request), self._busy_seconds(request)
-            return {"sparse": sparse, "dense": dense, "busy_sparse": busy, "busy_dense": busy_dense}
-
-        return [None if time.monotonic() > until else measure(options) for options in rows]
+        dense = self._loop_seconds(request)
+        if self._busy_dense is None:
+            self._busy_dense = self._busy_seconds(request)
+        with self._optimized(options):
+            sparse, busy = self._loop_seconds(request), self._busy_seconds(request)
+        return {"sparse": sparse, "dense": dense, "busy_sparse": busy, "busy_dense": self._busy_dense}
 
     def _loop_seconds(self, request: Request) -> float:
         """Seconds of one denoising loop, after a short one that compiles."""

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -91,7 +92,7 @@ class Rows:
         return row
 
     def time(self, names: Sequence[str], until: float) -> None:
-        """Time finished rows on the first video. To be called while nothing else runs.
+        """Time finished rows on the first video, each noted at once. To be called while nothing else runs.
 
         Args:
             until: ``time.monotonic()`` after which no row is begun.
@@ -99,13 +100,12 @@ class Rows:
         Raises:
             TimeoutError: some were not begun.
         """
-        rows = [self.settings[name] for name in names]
-        found = dict(zip(names, self.workers.call("seconds", self.requests[0], rows, until), strict=True))
-        for name, seconds in found.items():
+        for place, name in enumerate(names):
+            if time.monotonic() > until:
+                raise TimeoutError("not begun: " + ", ".join(names[place:]))
+            seconds = self.workers.call("seconds", self.requests[0], self.settings[name])
             self.figures[name] = dataclasses.replace(self.figures[name], seconds=seconds)
             self.record.row(self.figures[name])
-        if left := [name for name, seconds in found.items() if seconds is None]:
-            raise TimeoutError("not begun: " + ", ".join(left))
 
     def _submit(self, method: str, *args: Any) -> list[Future[Any]]:
         return [self.workers.submit(method, numbers, requests, *args) for numbers, requests in self._batches]

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import types
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -377,7 +378,8 @@ def test_an_artifact_takes_its_library_along(
 
     def package(program: Any, path: Path, *, metadata: Any) -> None:
         events.append(program)
-        path.write_bytes(b"package")
+        with zipfile.ZipFile(path, "w") as file:
+            file.writestr("model/data/model.so", b"NEEDED libstdc++.so.6")
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(native, "build", build)

@@ -234,7 +234,7 @@ def test_cost_counts_what_is_done() -> None:
     plan = make_plan(pipe, PROMPTS, REQUEST, config, make_settings(**SMALL, held_out=1))
     cost = estimate(plan, seconds)
     assert cost.dense == plan.videos[0].needed_steps * 2 and cost.held_out == 2 * 5 * 2
-    assert cost.units == 4 and cost.measuring == 4 * (1 + 2 + 3 * 3 + 3 * 0.5)
+    assert cost.units == 4 and cost.measuring == 4 * (1 + 2 + 4 * 3 + 3 * 0.5)
     plan = make_plan(pipe, PROMPTS, REQUEST, config, make_settings(**SMALL, method="exact"))
     cost = estimate(plan, seconds)
     # Two heads of three candidates at each of 4 states: layer 0 from the start, layer 1 half of it.
@@ -264,7 +264,7 @@ def haste(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], t
 
 def test_command(haste, tmp_path: Path) -> None:
     code, out, _ = haste("--dry-run", "--intervals", "1")
-    assert code == 0 and "in all" in out and "2 units: 4 forwards, 8 backward passes" in out
+    assert code == 0 and "in all" in out and "2 units: 4 forwards, 6 backward passes" in out
     assert not (tmp_path / "out").exists()
     code, out, err = haste("--json", "--intervals", "1")
     assert code == 0, err
