@@ -204,10 +204,11 @@ def test_the_readme_gives_the_recorded_run() -> None:
         cells += [f"{ours['tflops']:.0f}"]
         cells += [f"{other['milliseconds'] / ours['milliseconds']:.2f}×" for other in others]
         assert f"| {' | '.join(cells)} |" in readme
-        dense = group["dense SDPA"]["milliseconds"]
+        dense = next(g["dense SDPA"] for g in groups if g["dense SDPA"]["tokens"] == ours["tokens"])
         for what, row in group.items():
             if what.startswith("refresh_mask_"):
-                assert f"{cell(row)} (" in readme and row["milliseconds"] < 0.06 * dense
+                share = 100 * row["milliseconds"] / dense["milliseconds"]
+                assert f"{cell(row)} ({share:.2f}% of dense)" in readme
 
 
 def test_the_readme_gives_the_recorded_forwards() -> None:
