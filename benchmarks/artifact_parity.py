@@ -31,8 +31,8 @@ import haste_compile
 from haste_compile.artifacts import FORMATS
 from haste_compile.config import parse_options
 from haste_compile.errors import HasteError
-from haste_compile.generation import Request, default_options, default_request
-from haste_compile.loading import NANO_WAN, default_dtype, load_pipeline, pick_device
+from haste_compile.generation import Request, complete_options, default_request
+from haste_compile.loading import NANO_WAN, default_dtype, load_pipeline, pick_device, shown_path
 
 #: The largest relative error of the latents that counts as the same video.
 TOLERANCES = {"torchscript": 1e-4, "aoti": 1e-4, "onnx": 1e-3, "tensorrt": 1e-3}
@@ -175,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.formats = args.formats or [x for x in FORMATS if args.device != "cpu" or x not in ON_GPUS_ONLY]
     try:
         request = dataclasses.replace(default_request(args.model), **given)
-        options = {**default_options(args.model), **parse_options(args.option)}
+        options = complete_options(args.model, parse_options(args.option))
         print(
             f"torch {torch.__version__}, {args.device}, {request.steps} steps, seeds {args.seeds}\n{HEADER}"
         )
@@ -184,8 +184,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
     if args.json is not None:
+        shown = {name: shown_path(value) if name == "profile" else value for name, value in options.items()}
         record = {"torch": torch.__version__, "device": args.device, "seeds": args.seeds, "rows": rows}
-        args.json.write_text(json.dumps({**record, "options": options}, indent=1) + "\n")
+        args.json.write_text(json.dumps({**record, "options": shown}, indent=1) + "\n")
     return 0 if all(map(good, rows)) else 1
 
 

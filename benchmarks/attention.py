@@ -40,8 +40,8 @@ from benchmarks.attention_problems import (
     check_poison,
     make_problem,
 )
-from benchmarks.attention_sides import Side, sides, state
-from benchmarks.interleaving import Call, Timer, captured, cuda_milliseconds, measure
+from benchmarks.attention_sides import FLASH_SPARSE, Side, sides, state
+from benchmarks.interleaving import Call, Timer, captured, cuda_milliseconds, measure, paired_ratio
 from haste_compile.errors import DeviceError, HasteError
 from haste_compile.kernels.layout import Ctl
 
@@ -62,6 +62,8 @@ class Row:
         flops, bytes: what one call must compute and move at least; None where the work is not attention.
         tflops: flops / time; None where the work is not attention.
         error: of the checked rows, over SDPA's on the same keys; None where nothing is to check.
+        over_flash: how many times faster than FlashAttention-4's sparse forward in the same rounds: median,
+            and its 95 % interval (interleaving.paired_ratio); None beside other kernels than ours.
     """
 
     what: str
@@ -75,6 +77,7 @@ class Row:
     bytes: int | None
     tflops: float | None
     error: float | None
+    over_flash: tuple[float, float, float] | None = None
 
 
 def row(
@@ -128,11 +131,14 @@ def compare(
                 raise
             left_out[side.name] = str(reason).splitlines()[0]
     times = measure(calls, rounds, timer=timer)
-    return [
-        row(side.name, side.computes, times[side.name], mask, errors[side.name])
-        for side in candidates
-        if side.name in calls
-    ]
+    flash = times.get(FLASH_SPARSE)
+    rows = []
+    for side in (side for side in candidates if side.name in calls):
+        timed = row(side.name, side.computes, times[side.name], mask, errors[side.name])
+        if flash is not None and side.ours:
+            timed = dataclasses.replace(timed, over_flash=paired_ratio(flash, times[side.name]))
+        rows.append(timed)
+    return rows
 
 
 def _prepare(side: Side, replay: bool) -> tuple[Call, Tensor]:
@@ -256,7 +262,7 @@ def launches(problem: Problem, left_out: dict[str, str]) -> list[Side]:
 
 HEADER = (
     f"{'what':<36} {'mask':>10} {'H':>3} {'N':>7} {'density':>8} {'ms':>9} {'± ms':>7} {'TFLOP/s':>8} "
-    f"{'GB/s':>6} {'error':>6}"
+    f"{'GB/s':>6} {'error':>6} {'over FlashAttention-4':<22}"
 )
 
 
@@ -266,9 +272,10 @@ def line(r: Row) -> str:
     tflops = "" if r.tflops is None else f"{r.tflops:.0f}"
     rate = "" if r.bytes is None else f"{r.bytes / r.milliseconds / 1e6:.0f}"
     error = "" if r.error is None else f"{r.error:.2f}×"
+    flash = "" if r.over_flash is None else "{:.3f} [{:.3f}, {:.3f}]".format(*r.over_flash)
     return (
         f"{r.what:<36} {r.mask or '':>10} {r.heads:>3} {r.tokens:>7,} {density:>8} {r.milliseconds:>9.3f} "
-        f"{r.spread:>7.3f} {tflops:>8} {rate:>6} {error:>6}"
+        f"{r.spread:>7.3f} {tflops:>8} {rate:>6} {error:>6} {flash:<22}"
     )
 
 
@@ -328,27 +335,18 @@ def main(arguments: list[str] | None = None) -> int:
             )
         facts = environment() | {"replay": options.replay}
         print(", ".join(f"{key} {value}" for key, value in facts.items()), flush=True)
-        rows, left_out = run(options)
+        run(options, facts)
     except WrongResultError as error:
         print(f"not timed: {error}", file=sys.stderr)
         return 1
     except HasteError as error:
         print(error, file=sys.stderr)
         return 2
-    for name, reason in left_out.items():
-        print(f"left out: {name}: {reason}")
-    if options.json is not None:
-        record = {
-            "environment": facts,
-            "rows": [dataclasses.asdict(r) for r in rows],
-            "left_out": left_out,
-        }
-        options.json.write_text(json.dumps(record, indent=2) + "\n")
     return 0
 
 
-def run(options: argparse.Namespace) -> tuple[list[Row], dict[str, str]]:
-    """All rows, printed as they come, and what was left out: name -> reason."""
+def run(options: argparse.Namespace, facts: dict[str, object]) -> None:
+    """All rows, printed and recorded as they come, and what was left out, with the reason."""
     from haste_compile.kernels.block_sparse_attention import dispatch
 
     check_poison(
@@ -363,6 +361,9 @@ def run(options: argparse.Namespace) -> tuple[list[Row], dict[str, str]]:
     def show(found: list[Row]) -> None:
         rows.extend(found)
         print("\n".join(map(line, found)), flush=True)
+        if options.json is not None:
+            record = {"rows": [dataclasses.asdict(r) for r in rows], "left_out": left_out}
+            options.json.write_text(json.dumps({"environment": facts, **record}, indent=2) + "\n")
 
     for tokens in options.tokens:
         for heads in options.heads:
@@ -378,7 +379,8 @@ def run(options: argparse.Namespace) -> tuple[list[Row], dict[str, str]]:
             if not options.launches and not options.no_predictor:
                 forms = {"replay": options.replay, "variants": options.variants}
                 show(predict(tokens, heads, options.rounds, **forms))
-    return rows, left_out
+    for name, reason in left_out.items():
+        print(f"left out: {name}: {reason}")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ from haste_compile.kernels.layout import COUNTER_COLUMNS, CTL_COLUMNS, Ctl
 
 #: Seconds that an unconfirmed kernel gets in its child process, compilation and start of CUDA included.
 PROBE_SECONDS = 90
+#: The side that ours is measured against.
+FLASH_SPARSE = "FlashAttention-4 sparse"
 
 
 class LeftOutError(Exception):
@@ -53,7 +55,7 @@ def sides(problem: Problem, left_out: dict[str, str], *, flex: bool, variants: b
         "dense SDPA": dense_sdpa,
         "cuDNN SDPA": cudnn_sdpa,
         "FlashAttention-4 dense": flash_dense,
-        "FlashAttention-4 sparse": flash_sparse,
+        FLASH_SPARSE: flash_sparse,
     }
     if flex:
         makers["FlexAttention"] = flex_attention
@@ -120,7 +122,7 @@ def flash_sparse(problem: Problem) -> Side:
     def call() -> Tensor:
         return _only_output(attention.flash_attn_func(q, k, v, block_sparse_tensors=tensors)).transpose(1, 2)
 
-    return _tried(Side("FlashAttention-4 sparse", call, problem))
+    return _tried(Side(FLASH_SPARSE, call, problem))
 
 
 def flex_attention(problem: Problem) -> Side:

@@ -89,7 +89,7 @@ ROWS = (
     "SVG2 + EBC + TMR, 0.6 × density",
 )
 #: Time for the times, beyond the minutes that rows may take.
-_TIMING_SECONDS = 150.0
+_TIMING_SECONDS = 300.0
 #: Processes that divide the exact form, at most: half of the workers.
 _RANKS = 4
 

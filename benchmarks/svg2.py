@@ -464,8 +464,8 @@ def main(arguments: list[str] | None = None) -> int:
                 fix="Run it on a machine with a GPU; the tests cover the kernels on the CPU.",
             )
         known = {**environment(), "centres": CENTRES, "floor": options.floor}
-        record: dict[str, Any] = {"environment": known, "geometries": {}}
         left_out: dict[str, str] = {}
+        record: dict[str, Any] = {"environment": known, "geometries": {}, "left_out": left_out}
         del record["environment"]["block"]
         print(", ".join(f"{key} {value}" for key, value in record["environment"].items()), flush=True)
         for name, (heads, tokens) in geometries.items():
@@ -481,7 +481,8 @@ def main(arguments: list[str] | None = None) -> int:
                 record["geometries"].setdefault(name, {})[f"{top_p:g}"] = [
                     dataclasses.asdict(r) for r in rows
                 ]
-        record["left_out"] = left_out
+                if options.json is not None:  # each as it comes: the next may run out of time
+                    options.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         print("\n".join(f"left out: {name}: {reason}" for name, reason in left_out.items()), flush=True)
     except WrongResultError as error:
         print(f"not timed: {error}", file=sys.stderr)
@@ -489,8 +490,6 @@ def main(arguments: list[str] | None = None) -> int:
     except HasteError as error:
         print(error, file=sys.stderr)
         return 2
-    if options.json is not None:
-        options.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return 0
 
 
