@@ -101,7 +101,7 @@ def test_forms_that_cannot_run_are_left_out(site: benchmark.Site, monkeypatch: p
     left_out: dict[str, str] = {}
     assert benchmark.usable_forms(site, left_out) == {}
     assert left_out["svg2 attention, gluon"] == "it hangs"
-    assert "beside SDPA's" in left_out["svg2 attention, gluon, no tail"]
+    assert "beside SDPA's" in left_out["svg2 attention, gluon, 3 stages"]
     capability = (8, 0)
     benchmark.usable_forms(site, left_out)
     assert left_out["svg2 attention, gluon"] == "needs compute capability 9, not 8.0"

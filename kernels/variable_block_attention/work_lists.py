@@ -1,8 +1,9 @@
 """Work lists of variable-block attention, built on the device from order, offsets and map.
 
-Row tiles say which queries go together, key lists what a query cluster keeps, token by token. The lists of a
-head take 4·Cq·N bytes, reserved in full since the host does not know how much a map keeps; heads take turns
-in ``WORKSPACE_BYTES``.
+Row tiles say which queries go together. What a query cluster keeps is a list without gaps, the tokens of its
+kept clusters one after the other, and there are two ways to have it: where in the list each cluster ends,
+8·Ck bytes, so that a kernel finds the token of any place by itself; or the list, 4·N bytes, reserved in full
+since the host does not know how much a map keeps. Heads take turns in ``WORKSPACE_BYTES``.
 """
 
 from __future__ import annotations
@@ -20,20 +21,18 @@ from haste_compile.kernels.layout import Ctl
 _SLOT = tl.constexpr(int(Ctl.SLOT))
 _DENSE = tl.constexpr(int(Ctl.DENSE))
 
-#: Bytes that the key lists may take (300 query clusters of 75,600 tokens: 91 MB a head); one head must fit.
+#: Bytes that ends or lists may take; one head must fit. With 300 and 1,000 clusters of 75,600 tokens a head
+#: takes 2.5 MB of ends, or 91 MB of lists.
 WORKSPACE_BYTES = 1 << 28
-#: Places that a program of ``found_lists_kernel`` fills at a time.
-FOUND_TILE = 1024
+#: Places of a list that a program of ``kept_keys_kernel`` fills at a time.
+LIST_TILE = 1024
 #: Whether row tiles that are at most half full come last.
 SMALL_LAST = True
-#: How long a listed key takes, by the tile that it is for: at most half full, where half of the consumers of
-#: Hopper's kernel rest (0.6 of the time, measured), and fuller.
-_SMALL, _FULL = tl.constexpr(3), tl.constexpr(5)
 
 
 @triton.jit(do_not_specialize=["first"])
 def row_tiles_kernel(
-    offsets, ctl, counts, tiles, lengths, first, all_heads, tokens, q_clusters, k_clusters, most,
+    offsets, ctl, tiles, first, all_heads, tokens, q_clusters, k_clusters, most,
     ROWS: tl.constexpr, CLUSTERS: tl.constexpr, SMALL_LAST: tl.constexpr,
 ):  # fmt: skip
     """Grid (heads of this turn,): cut query clusters into tiles of at most ROWS tokens.
@@ -41,9 +40,6 @@ def row_tiles_kernel(
     tiles: int32 [heads of the turn, most, 3]: cluster, first and last + 1 place in the order; cluster -1
     where there is no tile. In a dense step all tokens are one cluster. SMALL_LAST: those of at most ROWS / 2
     tokens follow on all others, since short work at the end leaves fewer multiprocessors idle.
-
-    counts: what ``found_lists_kernel`` made. lengths: int32 [heads of the turn, most], how long each tile
-    takes; 0 where there is none.
     """
     head = first + tl.program_id(0)
     slot = tl.load(ctl + _SLOT).to(tl.int64)
@@ -59,39 +55,31 @@ def row_tiles_kernel(
     place = tl.cumsum(large, 0) - large
     last_place = tl.sum(large, 0) + tl.cumsum(small, 0) - small
     mine = tiles + tl.program_id(0) * most * 3
-    lengths += tl.program_id(0) * most
-    keys = tl.load(counts + tl.program_id(0) * q_clusters + cluster, mask=inside, other=0)
     for number in range(tl.max(count, 0)):
-        tile = tl.where(number < large, place + number, last_place)
-        target = mine + tile * 3
+        target = mine + tl.where(number < large, place + number, last_place) * 3
         tl.store(target, cluster, mask=number < count)
         tl.store(target + 1, begin + number * ROWS, mask=number < count)
         tl.store(target + 2, end, mask=number < count)
-        half = end - begin - number * ROWS <= ROWS // 2
-        tl.store(lengths + tile, keys * tl.where(half, _SMALL, _FULL), mask=number < count)
     nothing = tl.zeros([CLUSTERS], tl.int32) - 1
     for start in range(tl.sum(count, 0), most, CLUSTERS):
         tl.store(mine + (start + cluster) * 3, nothing, mask=start + cluster < most)
-        tl.store(lengths + start + cluster, nothing + 1, mask=start + cluster < most)
 
 
 @triton.jit(do_not_specialize=["first"])
-def found_lists_kernel(
-    order, offsets, mask, ctl, counts, lists, ends, first, all_heads, tokens, q_clusters, k_clusters, words,
-    CLUSTERS: tl.constexpr, HALVINGS: tl.constexpr, TILE: tl.constexpr,
+def kept_keys_kernel(
+    order, offsets, mask, ctl, counts, ends, lists, first, all_heads, tokens, q_clusters, k_clusters, words,
+    CLUSTERS: tl.constexpr, HALVINGS: tl.constexpr, TILE: tl.constexpr, LISTED: tl.constexpr,
 ):  # fmt: skip
     """Grid (query clusters, heads of this turn): the tokens of kept clusters, gapless.
 
-    Every place of a list looks for its cluster; to copy the kept ones, 32 at a time, was slower: the largest
-    of them decides how long that takes.
-
     The kept sizes, added up, say where in the list each cluster ends; a dropped one ends where the one before
-    it does. The cluster of a place is the first that ends behind it: HALVINGS = log2(CLUSTERS) looks.
+    it does. The cluster of a place is the first that ends behind it: HALVINGS = log2(CLUSTERS) looks. To copy
+    the kept clusters, 32 at a time, was slower: the largest of them decides how long that takes.
 
-    counts: int32 [heads of the turn, Cq]; lists: int32 [heads of the turn, Cq, N]. In a dense step query
-    cluster 0 lists every token, and the others none.
+    counts: int32 [heads of the turn, Cq]. In a dense step query cluster 0 has every token, the others none.
     ends: int32 [heads of the turn, Cq, 2, CLUSTERS]: those ends, and how far a place in the order lies behind
-    that in the list.
+    that in the list; unspecified in a dense step.
+    lists: int32 [heads of the turn, Cq, N], written where LISTED.
     """
     row = tl.program_id(0)
     head = first + tl.program_id(1)
@@ -101,9 +89,10 @@ def found_lists_kernel(
     item = tl.arange(0, TILE)
     if tl.load(ctl + _DENSE) != 0:
         count = tl.where(row == 0, tokens, 0)
-        for start in range(0, count, TILE):
-            tl.store(target + start + item, start + item, mask=start + item < count)
         tl.store(counts + list_row, count)
+        if LISTED:
+            for start in range(0, count, TILE):
+                tl.store(target + start + item, start + item, mask=start + item < count)
         return
     begins = offsets + state_head * (q_clusters + k_clusters + 2) + q_clusters + 1
     keys = order + (state_head * 2 + 1) * tokens
@@ -119,6 +108,8 @@ def found_lists_kernel(
     ends += list_row * 2 * CLUSTERS
     tl.store(ends + cluster, end)
     tl.store(ends + CLUSTERS + cluster, begin - (end - size))
+    if not LISTED:
+        return
     tl.debug_barrier()  # what other threads of the program stored is read now
     for start in range(0, count, TILE):
         place = start + item
@@ -140,22 +131,23 @@ class Turn:
         first: number of its first head, of B·H.
         heads: how many heads.
         most: row tiles that a head may have.
-        tiles: int32 [>= heads, most, 3]; ``lengths``: int32 [>= heads, most]; see ``row_tiles_kernel``.
-        counts: int32 [>= heads, Cq]; ``lists``: int32 [>= heads, Cq, N]; see ``found_lists_kernel``.
+        tiles: int32 [>= heads, most, 3], see ``row_tiles_kernel``.
+        counts: int32 [>= heads, Cq]; ``ends``: int32 [>= heads, Cq, 2, Ck or more, a power of two]; ``lists``:
+            int32 [>= heads, Cq, N], if they were asked for; see ``kept_keys_kernel``.
     """
 
     first: int
     heads: int
     most: int
     tiles: Tensor
-    lengths: Tensor
     counts: Tensor
-    lists: Tensor
+    ends: Tensor
+    lists: Tensor | None
 
 
 def turns(
-    order: Tensor, offsets: Tensor, mask: Tensor, ctl: Tensor, *, rows: int, workspace: int | None = None,
-    small_last: bool = SMALL_LAST,
+    order: Tensor, offsets: Tensor, mask: Tensor, ctl: Tensor, *, rows: int, listed: bool,
+    workspace: int | None = None, small_last: bool = SMALL_LAST,
 ) -> Iterator[Turn]:  # fmt: skip
     """Build the work lists of a few heads, again and again in the same memory, until all had their turn.
 
@@ -163,38 +155,38 @@ def turns(
         order: int32 [S, B, H, 2, N]; ``offsets``: int32 [S, B, H, Cq + Ck + 2].
         mask: int32 [S, B, H, Cq, ceil(Ck / 32)]; ``ctl``: int32 [8].
         rows: tokens of a row tile.
-        workspace: bytes that the key lists may take; None: ``WORKSPACE_BYTES``.
+        listed: write the lists too.
+        workspace: bytes that they, or else the ends, may take; None: ``WORKSPACE_BYTES``.
         small_last: see ``row_tiles_kernel``.
     """
     batch, heads, _, tokens = order.shape[1:]
     q_clusters, words = mask.shape[3:]
     k_clusters = offsets.shape[3] - q_clusters - 2
     all_heads = batch * heads
-    turn = heads_a_turn(all_heads, tokens, q_clusters, workspace)
-    most = tokens // rows + q_clusters
-    tiles = torch.empty(turn, most, 3, dtype=torch.int32, device=order.device)
-    lengths = torch.empty(turn, most, dtype=torch.int32, device=order.device)
-    counts = torch.empty(turn, q_clusters, dtype=torch.int32, device=order.device)
-    lists = torch.empty(turn, q_clusters, tokens, dtype=torch.int32, device=order.device)
     padded, k_padded = (max(32, triton.next_power_of_2(n)) for n in (q_clusters, k_clusters))
-    ends = torch.empty(turn, q_clusters, 2, k_padded, dtype=torch.int32, device=order.device)
+    turn = heads_a_turn(all_heads, 4 * q_clusters * (tokens if listed else 2 * k_padded), workspace)
+    most = tokens // rows + q_clusters
+
+    def integers(*shape: int) -> Tensor:
+        return torch.empty(turn, *shape, dtype=torch.int32, device=order.device)
+
+    tiles, counts, ends = integers(most, 3), integers(q_clusters), integers(q_clusters, 2, k_padded)
+    lists = integers(q_clusters, tokens) if listed else None
     for first in range(0, all_heads, turn):
         present = min(turn, all_heads - first)
-        found_lists_kernel[(q_clusters, present)](
-            order, offsets, mask, ctl, counts, lists, ends,
+        kept_keys_kernel[(q_clusters, present)](
+            order, offsets, mask, ctl, counts, ends, ends if lists is None else lists,
             first, all_heads, tokens, q_clusters, k_clusters, words,
-            CLUSTERS=k_padded, HALVINGS=k_padded.bit_length() - 1, TILE=FOUND_TILE, num_warps=4,
+            CLUSTERS=k_padded, HALVINGS=k_padded.bit_length() - 1, TILE=LIST_TILE, LISTED=listed, num_warps=4,
         )  # fmt: skip
         row_tiles_kernel[(present,)](
-            offsets, ctl, counts, tiles, lengths,
-            first, all_heads, tokens, q_clusters, k_clusters, most,
+            offsets, ctl, tiles, first, all_heads, tokens, q_clusters, k_clusters, most,
             ROWS=rows, CLUSTERS=padded, SMALL_LAST=int(small_last), num_warps=4,
         )  # fmt: skip
-        yield Turn(first, present, most, tiles, lengths, counts, lists)
+        yield Turn(first, present, most, tiles, counts, ends, lists)
 
 
-def heads_a_turn(all_heads: int, tokens: int, q_clusters: int, workspace: int | None = None) -> int:
-    """Heads whose key lists fit in the workspace, or fewer where that takes no more turns."""
-    workspace = WORKSPACE_BYTES if workspace is None else workspace
-    fitting = max(1, workspace // (4 * q_clusters * tokens))
+def heads_a_turn(all_heads: int, bytes_a_head: int, workspace: int | None = None) -> int:
+    """Heads that fit in the workspace, or fewer where that takes no more turns."""
+    fitting = max(1, (WORKSPACE_BYTES if workspace is None else workspace) // bytes_a_head)
     return -(-all_heads // -(-all_heads // fitting))

@@ -83,7 +83,7 @@ def attention_requests(dim: int, dtype: str, cluster: float) -> list[Request]:
     shared = {
         "q": f"*{dtype}:16", "k": f"*{dtype}:16", "v": f"*{dtype}:16", "out": f"*{dtype}:16",
         "lse": "*fp32:16", "order": "*i32:16", "offsets": "*i32:16", "mask": "*i32:16", "ctl": "*i32:16",
-        "tiles": "*i32:16", "lengths": "*i32:16", "counts": "*i32:16", "lists": "*i32:16", "ends": "*i32:16",
+        "tiles": "*i32:16", "counts": "*i32:16", "lists": "*i32:16", "ends": "*i32:16",
         "first": "i32", "all_heads": "i32",
         "heads": "i32", "tokens": "i32", "q_clusters": "i32", "k_clusters": "i32", "words": "i32",
         "most": "i32", "scale": "fp32", **strides("qkvo"),
@@ -103,9 +103,9 @@ def attention_requests(dim: int, dtype: str, cluster: float) -> list[Request]:
             {"ROWS": launch.rows, "CLUSTERS": 512, "SMALL_LAST": 1},
         ),
         Request(
-            kernel_name(work_lists.found_lists_kernel),
+            kernel_name(work_lists.kept_keys_kernel),
             shared,
-            {"CLUSTERS": 1024, "HALVINGS": 10, "TILE": work_lists.FOUND_TILE},
+            {"CLUSTERS": 1024, "HALVINGS": 10, "TILE": work_lists.LIST_TILE, "LISTED": True},
         ),
     ]
 

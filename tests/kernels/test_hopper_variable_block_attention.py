@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import re
 import types
@@ -18,7 +17,6 @@ pytest.importorskip("triton")
 import gluon_model  # noqa: E402
 
 from haste_compile.errors import InputError  # noqa: E402
-from haste_compile.kernels.block_sparse_attention import tail_order  # noqa: E402
 from haste_compile.kernels.cross_compile import (  # noqa: E402
     SHARED_MEMORY_LIMIT,
     CrossCompiled,
@@ -35,15 +33,13 @@ SCHEDULES = {
     "in turns": hopper.Schedule(in_turns=True),
     "3 stages": hopper.Schedule(stages=3, q_stages=1),
     "1 stage": hopper.Schedule(stages=1, q_stages=1),
-    "short tail": hopper.Schedule(tail=8),
-    "no tail": hopper.Schedule(tail=0),
 }
 on_the_cpu = pytest.mark.skipif(DEVICE == "cuda", reason="work lists are made by Triton's interpreter")
 
 
 def in_the_model(
     problem: Problem, programs: int, schedule: hopper.Schedule, *, dense: bool = False,
-    module: types.ModuleType | Any = hopper, seed: int = 0,
+    module: types.ModuleType | Any = hopper, seed: int = 0, workspace: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Every turn of heads, one launch each."""
     q, k, v = problem.q, problem.k, problem.v
@@ -59,17 +55,18 @@ def in_the_model(
         for name, x in (("q", q), ("k", k), ("v", v), ("o", out))
         for axis, step in zip("bhn", x.stride()[:3], strict=True)
     }
-    for turn in work_lists.turns(order, offsets, mask, ctl, rows=hopper.BLOCK, workspace=schedule.workspace):
+    lists = {"rows": hopper.BLOCK, "listed": False, "workspace": workspace}
+    for turn in work_lists.turns(order, offsets, mask, ctl, **lists):
+        clusters = turn.ends.shape[3]
         arguments = {
             "q": pointer(q), "k": pointer(k), "v": pointer(v), "out": pointer(out), "lse": pointer(lse),
             "order": pointer(order), "ctl": pointer(ctl), "tiles": pointer(turn.tiles),
-            "counts": pointer(turn.counts), "lists": pointer(turn.lists),
-            "tail_order": pointer(tail_order.reference(turn.lengths[: turn.heads], schedule.tail)),
+            "counts": pointer(turn.counts), "ends": pointer(turn.ends),
             "counter": pointer(torch.zeros(1, dtype=torch.int32)), **strides,
             "first": turn.first, "all_heads": batch * heads, "heads": heads, "tokens": tokens,
             "q_clusters": mask.shape[3], "most": turn.most, "row_tiles": turn.heads * turn.most, "scale": 0.1,
-            "D": dim, "STAGES": schedule.stages, "Q_STAGES": schedule.q_stages,
-            "IN_TURNS": schedule.in_turns, "TAIL": schedule.tail,
+            "CLUSTERS": clusters, "HALVINGS": clusters.bit_length() - 1,
+            "D": dim, "STAGES": schedule.stages, "Q_STAGES": schedule.q_stages, "IN_TURNS": schedule.in_turns,
         }  # fmt: skip
         gluon_model.launch(module, "variable_block_attention_hopper", programs, arguments, seed)
     return out, lse
@@ -88,9 +85,9 @@ SHAPES = [(1, 1, 1, 64, 1, 2), (1, 2, 70, 64, 3, 9), (2, 2, 901, 64, 5, 40)]
 @pytest.mark.parametrize(("shape", "programs"), list(zip(SHAPES, (1, 2, 3), strict=True)), ids=str)
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_the_schedule_computes_attention_and_ends(name: str, shape: tuple[int, ...], programs: int) -> None:
-    three_heads = dataclasses.replace(SCHEDULES[name], workspace=3 * 4 * shape[4] * shape[2])
+    three_heads = 3 * 4 * shape[4] * 2 * 64
     problem = Problem(shape, torch.float32)
-    check(*in_the_model(problem, programs, three_heads), problem.exact())
+    check(*in_the_model(problem, programs, SCHEDULES[name], workspace=three_heads), problem.exact())
 
 
 @on_the_cpu
@@ -127,11 +124,12 @@ def test_dropped_keys_do_not_leak() -> None:
         ("mbarrier.wait(q_empty.index(slot), (round_of_q // Q_STAGES & 1) ^ 1)", "pass"),
         ("fence_async_shared()", "pass"),
         ("mbarrier.arrive(q_full.index(slot))", "pass"),
-        ("token = upcoming", "pass"),
+        ("* 128\n", "* 128 + 1\n"),
+        ("<= place", "< place"),
+        ("gl.where(passed, before + step, before)", "before"),
         ("(column < count)[None, :]", "(column >= 0)[None, :]"),
         ("gl.minimum(begin + half * 64", "gl.minimum(begin"),
-        ("position >= tail", "position > tail"),
-        ("other=position", "other=position + 1"),
+        ("place * (1 - sparse)", "place"),
     ],
 )  # fmt: skip
 def test_the_model_sees_a_broken_schedule(line: str, instead: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,14 +138,14 @@ def test_the_model_sees_a_broken_schedule(line: str, instead: str, monkeypatch: 
     broken = types.ModuleType("broken")
     vars(broken).update(vars(hopper))
     sources = {
-        name: inspect.getsource(getattr(hopper, name).fn) for name in ("_tile_at", "_produce", "_consume")
+        name: inspect.getsource(getattr(hopper, name).fn) for name in ("_kept", "_produce", "_consume")
     }
     assert any(line in source for source in sources.values())
     for source in sources.values():
         changed = source.split("\n", 1)[1].replace(line, instead)
         exec("from __future__ import annotations\n" + changed, vars(broken))
     # Lists of many blocks and of one: what the first forgives, the producer far ahead in the second does not.
-    schedule = hopper.Schedule(in_turns=True, tail=8)
+    schedule = hopper.Schedule(in_turns=True)
     seen = line == instead
     for shape in ((1, 2, 901, 64, 5, 40), (1, 1, 500, 64, 40, 30)):
         problem = Problem(shape, torch.float32, density=0.5 if shape[4] == 5 else 0.02)
@@ -169,13 +167,13 @@ def request(name: str, dtype: str) -> Request:
         kernel=kernel_name(hopper.variable_block_attention_hopper),
         signature={
             **dict.fromkeys(("q", "k", "v", "out"), f"*{dtype}:16"), "lse": "*fp32:16",
-            **dict.fromkeys(("order", "ctl", "tiles", "counts", "lists", "tail_order", "counter"), "*i32:16"),
+            **dict.fromkeys(("order", "ctl", "tiles", "counts", "ends", "counter"), "*i32:16"),
             **{f"stride_{x}{axis}": "i32:16" for x in "qkvo" for axis in "bhn"},
             **dict.fromkeys(numbers, "i32"), "scale": "fp32",
         },
         constexprs={
             "D": hopper.DIM, "STAGES": schedule.stages, "Q_STAGES": schedule.q_stages,
-            "IN_TURNS": schedule.in_turns, "TAIL": schedule.tail,
+            "IN_TURNS": schedule.in_turns, "CLUSTERS": 1024, "HALVINGS": 10,
         },
         disassemble=True,
     )  # fmt: skip
