@@ -31,7 +31,7 @@ RECORDS = {
     ),
     "forms-gpu": (
         "calibration-forms-gpu.json",
-        "python -m benchmarks.calibration_forms --dtype float16 --probes 7",
+        "python -m benchmarks.calibration_forms --dtype float16 --probes 5",
     ),
     "cost-1.3b": ("calibration-cost-1.3b.json", "python -m benchmarks.calibration_cost --model 1.3b"),
     "cost-14b": (
@@ -64,21 +64,22 @@ def fill(text: str) -> str:
 
 _TIMES = (
     "Times are of one video alone, over dense just before it; *busy* is what the GPU spent in kernels. One "
-    "video of so small a model is bound by launches, so the first tells little."
+    "video of so small a model is bound by launches from the host: dense itself took {} s from row to row, "
+    "so the column of times ranks nothing."
 )
+_BUSY = " In kernels dense took {} s, measured once in each process."
 
 
 def study(record: dict[str, Any], command: str) -> str:
     """Setting, table of rows, table of differences, and what else was measured."""
     setting = record["setting"]
-    timed = any(row["seconds"] for row in record["rows"])
     lines = [
         f"`{command}`: {setting['prompts']} prompts × {setting['seeds']} seed(s) that calibration has not "
         f"seen, {setting['frames']} frames of {setting['height']}×{setting['width']}, {setting['steps']} "
         f"steps of which {record['options']['dense_steps']} are dense, shared τ = {setting['shared']:g}, "
         f"candidates {', '.join(f'{c:g}' for c in setting['candidates'])}, {setting['videos']} calibration "
         f"video(s), {setting['probes']} probes a state; density was met on {setting['tuning']} other "
-        f"video(s). {_where(record)}. Nothing is compiled. " + (_TIMES if timed else "No times were taken."),
+        f"video(s). {_where(record)}. Nothing is compiled. {_about_times(record)}",
         "",
         "| setting | density | masks rebuilt | PSNR mean, dB | worst | SSIM | latent error | time / dense "
         "| busy |",
@@ -95,6 +96,19 @@ def study(record: dict[str, Any], command: str) -> str:
     lines += ["", *_differences(record), "", *_assumptions(record)]
     lines += [f"* Not measured: {what} ({why})" for what, why in record["failed"].items()]
     return "\n".join(lines)
+
+
+def _about_times(record: dict[str, Any]) -> str:
+    """What the columns of times are, and how far dense's own times lie apart."""
+    timed = [row["seconds"] for row in record["rows"] if row["seconds"]]
+    if not timed:
+        return "No times were taken."
+    spans = {}
+    for kind, digits in (("dense", 2), ("busy_dense", 3)):
+        found = [seconds[kind] for seconds in timed if seconds[kind] is not None]
+        spans[kind] = f"{min(found):.{digits}f} to {max(found):.{digits}f}" if found else None
+    text = _TIMES.format(spans["dense"])
+    return text if spans["busy_dense"] is None else text + _BUSY.format(spans["busy_dense"])
 
 
 #: Row, and the row that it is compared with.

@@ -213,14 +213,20 @@ def test_the_readme_gives_the_recorded_run() -> None:
 
 def test_the_readme_gives_the_recorded_forwards() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for name, file in (("1.3B 480p", "480p"), ("1.3B 720p", "720p"), ("14B 720p", "14b-720p")):
-        path = f"benchmarks/results/forward-{file}-h100.json"
-        (row,) = json.loads((ROOT / path).read_text(encoding="utf-8"))["rows"]
-        cells = f"{row['dense_ms']:.0f} | {row['haste_mean_ms']:.0f} | **{row['speedup']:.2f}×**"
-        if row["bound"] is not None:
-            cells += f", {100 * row['speedup'] / row['bound']:.0f} % of the bound"
-        assert f"| {name} ([record]({path})) | {cells} |" in readme
-        assert 0.25 <= row["density"] < 0.265 and 0.2 <= row["refresh_rate"] < 0.21
+    shown = 0
+    for name, file in (("1.3B 480p", "480p-h200"), ("1.3B 720p", "720p-h200"), ("14B 720p", "14b-720p-h100")):
+        path = f"benchmarks/results/forward-{file}.json"
+        record = json.loads((ROOT / path).read_text(encoding="utf-8"))
+        gpu = file[-4:].upper()
+        assert gpu in record["environment"]["gpu"]
+        for row in record["rows"]:
+            cells = f"{gpu} | {row['dense_ms']:.0f} | {row['haste_mean_ms']:.0f} | **{row['speedup']:.2f}×**"
+            if row["bound"] is not None:
+                cells += f", {100 * row['speedup'] / row['bound']:.0f} % of the bound"
+            assert f"| {name}, {row['compile']} ([record]({path})) | {cells} |" in readme
+            assert 0.25 <= row["density"] < 0.265 and 0.2 <= row["refresh_rate"] < 0.21
+            shown += 1
+    assert readme.count("/forward-") == shown == 4
 
 
 def test_the_readme_compares_other_masks_and_heads() -> None:

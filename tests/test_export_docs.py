@@ -16,6 +16,7 @@ import torch
 import haste_compile
 from haste_compile import cli, errors
 from haste_compile.artifacts import FORMATS, load
+from haste_compile.loading import NANO_PROFILE
 
 ROOT = Path(__file__).parents[1]
 DOCS = (ROOT / "docs" / "export.md").read_text(encoding="utf-8")
@@ -101,12 +102,16 @@ def test_measured_figures_are_the_recorded_run() -> None:
         assert f"{row['steps']} steps" in section
         megabytes = f"{row['bytes'] / 1e6:.1f} MB"
         assert f"| `{row['format']}` | {row['relative_error']:.1e} | yes | {megabytes} |" in section
+        if row["format"] == "onnx":
+            assert "latents within 2e-5 |" in DOCS and row["relative_error"] <= 2e-5
 
 
 def test_every_format_kept_the_live_share_of_pairs_as_the_page_says() -> None:
     record = json.loads((ROOT / "benchmarks/results/artifact-parity-cpu.json").read_text(encoding="utf-8"))
     assert {row["artifact_density"] for row in record["rows"]} == {row["density"] for row in record["rows"]}
-    assert "All keep the same share of pairs" in DOCS and record["options"]["top_p"] == 0.95
+    assert "All keep the same share of pairs" in DOCS
+    assert "the demo's calibration profile" in DOCS
+    assert ROOT / record["options"]["profile"] == NANO_PROFILE and "top_p" not in record["options"]
 
 
 def test_every_format_and_every_named_thing_is_there() -> None:
