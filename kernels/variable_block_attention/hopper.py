@@ -3,7 +3,7 @@
 The schedule of ``block_sparse_attention/hopper.py``: read that first. What differs is what TMA cannot do,
 since neither the queries of a cluster nor the keys that it keeps lie side by side:
 
-    producer     tile number → shared memory; Q, then for every 128 kept keys K and V, row by row
+    producer     tile number → shared memory; Q, then for every 128 listed keys K and V, row by row
     consumer c   rows 64·c … 64·c + 63 of the row tile; the loop as there; results go back row by row
 
 * A row is 256 bytes, sixteen copies of 16 by ``cp.async``, straight into the swizzled tile that ``wgmma``
@@ -11,12 +11,10 @@ since neither the queries of a cluster nor the keys that it keeps lie side by si
   the thread has issued are there, and no thread waits for them.
 * ``cp.async`` writes by the generic proxy and ``wgmma`` reads by the asynchronous one. A fence must lie on
   the way from one to the other; it is the consumer's, after its wait.
-* No list of kept keys is ever written. Every producing thread looks for the token of one place of it, by
-  halves among the places where kept clusters end (``work_lists.py``), 128 keys ahead and between the copies
-  of K and of V: under the products, which take far longer.
-* The kept keys are walked backwards, so that the one tile that may be ragged comes first, outside of the
-  loop. What is past their end, or that of a cluster of queries, repeats the last token: it is masked, or not
-  stored, and what dropped keys hold is never read.
+* The tokens of the next 128 keys are loaded before the present ones are copied.
+* A list is walked backwards, so that the one tile that may be ragged comes first, outside of the loop. What
+  is past the end of a list or of a cluster repeats its last token: it is masked, or not stored, and what
+  dropped keys hold is never read.
 * Tiles are fetched from a counter.
 * A row tile of at most 64 rows leaves nothing for the second consumer, which then only passes buffers on.
 * The output leaves through the shared memory of the tile's own Q, 16 bytes a thread.
@@ -61,20 +59,10 @@ _synchronise = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 
 @gluon.jit
-def _kept(ends, keys, first, count, sparse, CLUSTERS: gl.constexpr, HALVINGS: gl.constexpr):
-    """Tokens of the 128 places from ``first`` of the kept keys, of which there are ``count``.
-
-    Past their end the last one's. A thread looks for one place: the cluster is the first that ends behind it.
-    """
-    a_thread: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    place = gl.minimum(first + gl.arange(0, 128, layout=a_thread), gl.maximum(count - 1, 0))
-    before = place * 0  # clusters that end at or before the place
-    for halving in gl.static_range(HALVINGS):
-        step = CLUSTERS >> (halving + 1)
-        passed = gl.load(ends + (before + (step - 1))) <= place
-        before = gl.where(passed, before + step, before)
-    shift = gl.load(ends + (before + CLUSTERS))
-    return gl.load(keys + (place + shift), mask=(place >= 0) & (sparse != 0), other=0) + place * (1 - sparse)
+def _listed(listed, first, count, rows: gl.constexpr):
+    """Tokens of the 128 places from ``first`` of a list of ``count``; past its end the last one's."""
+    place = gl.minimum(first + gl.arange(0, 128, layout=rows), gl.maximum(count - 1, 0))
+    return gl.load(listed + place, mask=place < count, other=0)
 
 
 @gluon.jit
@@ -93,11 +81,10 @@ def _gather(tile, base, token, stride, D: gl.constexpr, copy_layout: gl.constexp
 
 @gluon.jit
 def _produce(
-    q, k, v, order, ctl, tiles, counts, ends, counter, q_tiles, k_tiles, v_tiles, work,
+    q, k, v, order, ctl, tiles, counts, lists, counter, q_tiles, k_tiles, v_tiles, work,
     q_full, q_empty, k_full, k_empty, v_full, v_empty,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     first, all_heads, heads, tokens, q_clusters, most, row_tiles,
-    CLUSTERS: gl.constexpr, HALVINGS: gl.constexpr,
     D: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr,
 ):  # fmt: skip
     """Four warps: fetch tiles from the counter and keep the copies of Q, K and V in flight."""
@@ -119,12 +106,10 @@ def _produce(
         if cluster >= 0:
             list_row = (tile // most).to(gl.int64) * q_clusters + cluster
             count = gl.load(counts + list_row)
-            ends_of_row = ends + list_row * (2 * CLUSTERS)
+            listed = lists + list_row * tokens
             last = (gl.maximum(count, 1) - 1) // 128
+            token = _listed(listed, last * 128, count, copy_row)
             head = first + tile // most
-            order_of_head = order + (slot_heads + head) * 2 * tokens
-            order_of_keys = order_of_head + tokens
-            token = _kept(ends_of_row, order_of_keys, last * 128, count, sparse, CLUSTERS, HALVINGS)
             batch_of = (head // heads).to(gl.int64)
             head_of = (head % heads).to(gl.int64)
 
@@ -134,6 +119,7 @@ def _produce(
             work.index(slot * 4 + 1).store(gl.full([1], begin, gl.int32, layout=four_warps))
             work.index(slot * 4 + 2).store(gl.full([1], end, gl.int32, layout=four_warps))
             work.index(slot * 4 + 3).store(gl.full([1], count, gl.int32, layout=four_warps))
+            order_of_head = order + (slot_heads + head) * 2 * tokens
             queries_of_head = q + batch_of * stride_qb + head_of * stride_qh
             for half in gl.static_range(2):
                 place = gl.minimum(begin + half * 64 + gl.arange(0, 64, layout=copy_row), end - 1)
@@ -149,15 +135,14 @@ def _produce(
             for step in range(last + 1):
                 stage = block % STAGES
                 free = (block // STAGES & 1) ^ 1
-                key = gl.convert_layout(token, copy_row)
+                upcoming = _listed(listed, gl.maximum(last - 1 - step, 0) * 128, count, copy_row)
                 mbarrier.wait(k_empty.index(stage), free)
-                _gather(k_tiles.index(stage), keys_of_head, key, stride_kn, D, copy_layout)
+                _gather(k_tiles.index(stage), keys_of_head, token, stride_kn, D, copy_layout)
                 async_copy.mbarrier_arrive(k_full.index(stage), increment_count=False)
-                upcoming = gl.maximum(last - 1 - step, 0) * 128
-                token = _kept(ends_of_row, order_of_keys, upcoming, count, sparse, CLUSTERS, HALVINGS)
                 mbarrier.wait(v_empty.index(stage), free)
-                _gather(v_tiles.index(stage), values_of_head, key, stride_vn, D, copy_layout)
+                _gather(v_tiles.index(stage), values_of_head, token, stride_vn, D, copy_layout)
                 async_copy.mbarrier_arrive(v_full.index(stage), increment_count=False)
+                token = upcoming
                 block += 1
         tile = following
 
@@ -316,13 +301,12 @@ def _consume(
 
 @gluon.jit(do_not_specialize=["first", "all_heads", "heads", "tokens", "q_clusters", "most", "row_tiles"])
 def variable_block_attention_hopper(
-    q, k, v, out, lse, order, ctl, tiles, counts, ends, counter,
+    q, k, v, out, lse, order, ctl, tiles, counts, lists, counter,
     stride_qb, stride_qh, stride_qn,
     stride_kb, stride_kh, stride_kn,
     stride_vb, stride_vh, stride_vn,
     stride_ob, stride_oh, stride_on,
     first, all_heads, heads, tokens, q_clusters, most, row_tiles, scale,
-    CLUSTERS: gl.constexpr, HALVINGS: gl.constexpr,
     D: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, IN_TURNS: gl.constexpr,
 ):  # fmt: skip
     """Grid: at most as many programs as multiprocessors.
@@ -330,18 +314,17 @@ def variable_block_attention_hopper(
     Args:
         q, k, v, out: pointers to [B, H, N, D], last stride 1, the others multiples of 16.
         lse: pointer to fp32 [B, H, N], contiguous.
-        order, ctl: of the state; tiles, counts, ends: what the kernels of ``work_lists`` made.
+        order, ctl: of the state; tiles, counts, lists: what the kernels of ``work_lists`` made.
         counter: pointer to an int32 that is 0.
         row_tiles: places in ``tiles``, heads of this turn times ``most``.
         scale: factor of q·k, > 0.
-        CLUSTERS: ends of a row, 2 ** HALVINGS.
     """
     element: gl.constexpr = q.dtype.element_ty
     swizzled: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     q_tiles = gl.allocate_shared_memory(element, [2 * Q_STAGES, 64, D], swizzled)
     k_tiles = gl.allocate_shared_memory(element, [STAGES, 128, D], swizzled)
     v_tiles = gl.allocate_shared_memory(element, [STAGES, 128, D], swizzled)
-    # Of a row tile: head (or that there is none), first and last + 1 place in the order, kept keys.
+    # Of a row tile: head (or that there is none), first and last + 1 place in the order, listed keys.
     work = gl.allocate_shared_memory(gl.int32, [4 * Q_STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     barrier: gl.constexpr = mbarrier.MBarrierLayout()
     q_full = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], barrier)
@@ -388,13 +371,13 @@ def variable_block_attention_hopper(
             (
                 _produce,
                 (
-                    q, k, v, order, ctl, tiles, counts, ends, counter,
+                    q, k, v, order, ctl, tiles, counts, lists, counter,
                     q_tiles, k_tiles, v_tiles, work,
                     q_full, q_empty, k_full, k_empty, v_full, v_empty,
                     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
                     stride_vb, stride_vh, stride_vn,
                     first, all_heads, heads, tokens, q_clusters, most, row_tiles,
-                    CLUSTERS, HALVINGS, D, STAGES, Q_STAGES,
+                    D, STAGES, Q_STAGES,
                 ),
             ),
         ],
@@ -411,6 +394,7 @@ class Schedule:
         stages: tiles of K, and of V, in shared memory.
         q_stages: tiles of Q; the second hides the gathering of the next Q and the store of the last output.
         in_turns: the consumers issue their products one after the other.
+        workspace: bytes of key lists; more of them, fewer turns of heads, each of which ends unevenly.
         small_last: the order of a turn's tiles, see ``work_lists.turns``.
 
     Shared memory is (stages + q_stages / 2) · 4 · BLOCK · D bytes: 192 KB for the default.
@@ -419,6 +403,7 @@ class Schedule:
     stages: int = 2
     q_stages: int = 2
     in_turns: bool = False
+    workspace: int = 1 << 30
     small_last: bool = SMALL_LAST
 
 
@@ -464,15 +449,13 @@ def attend(
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     processors = torch.cuda.get_device_properties(q.device).multi_processor_count
     for turn in turns(
-        order, offsets, mask, ctl, rows=BLOCK, listed=False, small_last=schedule.small_last
-    ):  # fmt: skip
+        order, offsets, mask, ctl, rows=BLOCK, workspace=schedule.workspace, small_last=schedule.small_last
+    ):
         row_tiles = turn.heads * turn.most
-        clusters = turn.ends.shape[3]
         variable_block_attention_hopper[(min(row_tiles, processors),)](
-            q, k, v, out, lse, order, ctl, turn.tiles, turn.counts, turn.ends, order.new_zeros(1),
+            q, k, v, out, lse, order, ctl, turn.tiles, turn.counts, turn.lists, order.new_zeros(1),
             *_strides(q), *_strides(k), *_strides(v), *_strides(out),
             turn.first, batch * heads, heads, tokens, mask.shape[3], turn.most, row_tiles, scale,
-            CLUSTERS=clusters, HALVINGS=clusters.bit_length() - 1,
             D=DIM, STAGES=schedule.stages, Q_STAGES=schedule.q_stages, IN_TURNS=schedule.in_turns,
             num_warps=4,
         )  # fmt: skip

@@ -127,7 +127,7 @@ def attend(
     )
     out = torch.empty_like(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    for turn in turns(order, offsets, mask, ctl, rows=launch.rows, listed=True):
+    for turn in turns(order, offsets, mask, ctl, rows=launch.rows):
         variable_block_attention_kernel[(turn.most, turn.heads)](
             q, k, v, out, lse, order, ctl, turn.tiles, turn.counts, turn.lists,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],

@@ -42,15 +42,9 @@ def _scheduled(schedule: hopper.Schedule) -> Attend:
     return attend
 
 
-def _keys_by_heads(q: Tensor, k: Tensor, v: Tensor, *state: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    return hopper.attend(q, k.contiguous(), v.contiguous(), *state, scale=scale)  # type: ignore[call-arg]
-
-
 VARIANTS: dict[str, Variant] = {
     "triton": Variant(kernel.attend, (), confirmed=True),
     "gluon": Variant(_scheduled(hopper.Schedule()), (9,), confirmed=True),
-    # Rows of a head side by side instead of 128·H features apart, for the price of a copy.
-    "gluon, keys by heads": Variant(_keys_by_heads, (9,), confirmed=True),
     "gluon, 3 stages": Variant(
         _scheduled(hopper.Schedule(stages=3, q_stages=1)), (9,), confirmed=True
     ),

@@ -1,9 +1,8 @@
 """Work lists of variable-block attention, built on the device from order, offsets and map.
 
-Row tiles say which queries go together. What a query cluster keeps is a list without gaps, the tokens of its
-kept clusters one after the other, and there are two ways to have it: where in the list each cluster ends,
-8·Ck bytes, so that a kernel finds the token of any place by itself; or the list, 4·N bytes, reserved in full
-since the host does not know how much a map keeps. Heads take turns in ``WORKSPACE_BYTES``.
+Row tiles say which queries go together, key lists what a query cluster keeps, token by token. The lists of a
+head take 4·Cq·N bytes, reserved in full since the host does not know how much a map keeps; heads take turns
+in ``WORKSPACE_BYTES``.
 """
 
 from __future__ import annotations
@@ -21,11 +20,10 @@ from haste_compile.kernels.layout import Ctl
 _SLOT = tl.constexpr(int(Ctl.SLOT))
 _DENSE = tl.constexpr(int(Ctl.DENSE))
 
-#: Bytes that ends or lists may take; one head must fit. With 300 and 1,000 clusters of 75,600 tokens a head
-#: takes 2.5 MB of ends, or 91 MB of lists.
+#: Bytes that the key lists may take (300 query clusters of 75,600 tokens: 91 MB a head); one head must fit.
 WORKSPACE_BYTES = 1 << 28
-#: Places of a list that a program of ``kept_keys_kernel`` fills at a time.
-LIST_TILE = 1024
+#: Places that a program of ``found_lists_kernel`` fills at a time.
+FOUND_TILE = 1024
 #: Whether row tiles that are at most half full come last.
 SMALL_LAST = True
 
@@ -66,20 +64,22 @@ def row_tiles_kernel(
 
 
 @triton.jit(do_not_specialize=["first"])
-def kept_keys_kernel(
-    order, offsets, mask, ctl, counts, ends, lists, first, all_heads, tokens, q_clusters, k_clusters, words,
-    CLUSTERS: tl.constexpr, HALVINGS: tl.constexpr, TILE: tl.constexpr, LISTED: tl.constexpr,
+def found_lists_kernel(
+    order, offsets, mask, ctl, counts, lists, ends, first, all_heads, tokens, q_clusters, k_clusters, words,
+    CLUSTERS: tl.constexpr, HALVINGS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Grid (query clusters, heads of this turn): the tokens of kept clusters, gapless.
 
-    The kept sizes, added up, say where in the list each cluster ends; a dropped one ends where the one before
-    it does. The cluster of a place is the first that ends behind it: HALVINGS = log2(CLUSTERS) looks. To copy
-    the kept clusters, 32 at a time, was slower: the largest of them decides how long that takes.
+    Every place of a list looks for its cluster; to copy the kept ones, 32 at a time, was slower: the largest
+    of them decides how long that takes.
 
-    counts: int32 [heads of the turn, Cq]. In a dense step query cluster 0 has every token, the others none.
+    The kept sizes, added up, say where in the list each cluster ends; a dropped one ends where the one before
+    it does. The cluster of a place is the first that ends behind it: HALVINGS = log2(CLUSTERS) looks.
+
+    counts: int32 [heads of the turn, Cq]; lists: int32 [heads of the turn, Cq, N]. In a dense step query
+    cluster 0 lists every token, and the others none.
     ends: int32 [heads of the turn, Cq, 2, CLUSTERS]: those ends, and how far a place in the order lies behind
-    that in the list; unspecified in a dense step.
-    lists: int32 [heads of the turn, Cq, N], written where LISTED.
+    that in the list.
     """
     row = tl.program_id(0)
     head = first + tl.program_id(1)
@@ -89,10 +89,9 @@ def kept_keys_kernel(
     item = tl.arange(0, TILE)
     if tl.load(ctl + _DENSE) != 0:
         count = tl.where(row == 0, tokens, 0)
+        for start in range(0, count, TILE):
+            tl.store(target + start + item, start + item, mask=start + item < count)
         tl.store(counts + list_row, count)
-        if LISTED:
-            for start in range(0, count, TILE):
-                tl.store(target + start + item, start + item, mask=start + item < count)
         return
     begins = offsets + state_head * (q_clusters + k_clusters + 2) + q_clusters + 1
     keys = order + (state_head * 2 + 1) * tokens
@@ -108,8 +107,6 @@ def kept_keys_kernel(
     ends += list_row * 2 * CLUSTERS
     tl.store(ends + cluster, end)
     tl.store(ends + CLUSTERS + cluster, begin - (end - size))
-    if not LISTED:
-        return
     tl.debug_barrier()  # what other threads of the program stored is read now
     for start in range(0, count, TILE):
         place = start + item
@@ -132,8 +129,7 @@ class Turn:
         heads: how many heads.
         most: row tiles that a head may have.
         tiles: int32 [>= heads, most, 3], see ``row_tiles_kernel``.
-        counts: int32 [>= heads, Cq]; ``ends``: int32 [>= heads, Cq, 2, Ck or more, a power of two]; ``lists``:
-            int32 [>= heads, Cq, N], if they were asked for; see ``kept_keys_kernel``.
+        counts: int32 [>= heads, Cq]; ``lists``: int32 [>= heads, Cq, N]; see ``found_lists_kernel``.
     """
 
     first: int
@@ -141,13 +137,12 @@ class Turn:
     most: int
     tiles: Tensor
     counts: Tensor
-    ends: Tensor
-    lists: Tensor | None
+    lists: Tensor
 
 
 def turns(
-    order: Tensor, offsets: Tensor, mask: Tensor, ctl: Tensor, *, rows: int, listed: bool,
-    workspace: int | None = None, small_last: bool = SMALL_LAST,
+    order: Tensor, offsets: Tensor, mask: Tensor, ctl: Tensor, *, rows: int, workspace: int | None = None,
+    small_last: bool = SMALL_LAST,
 ) -> Iterator[Turn]:  # fmt: skip
     """Build the work lists of a few heads, again and again in the same memory, until all had their turn.
 
@@ -155,38 +150,36 @@ def turns(
         order: int32 [S, B, H, 2, N]; ``offsets``: int32 [S, B, H, Cq + Ck + 2].
         mask: int32 [S, B, H, Cq, ceil(Ck / 32)]; ``ctl``: int32 [8].
         rows: tokens of a row tile.
-        listed: write the lists too.
-        workspace: bytes that they, or else the ends, may take; None: ``WORKSPACE_BYTES``.
+        workspace: bytes that the key lists may take; None: ``WORKSPACE_BYTES``.
         small_last: see ``row_tiles_kernel``.
     """
     batch, heads, _, tokens = order.shape[1:]
     q_clusters, words = mask.shape[3:]
     k_clusters = offsets.shape[3] - q_clusters - 2
     all_heads = batch * heads
-    padded, k_padded = (max(32, triton.next_power_of_2(n)) for n in (q_clusters, k_clusters))
-    turn = heads_a_turn(all_heads, 4 * q_clusters * (tokens if listed else 2 * k_padded), workspace)
+    turn = heads_a_turn(all_heads, tokens, q_clusters, workspace)
     most = tokens // rows + q_clusters
-
-    def integers(*shape: int) -> Tensor:
-        return torch.empty(turn, *shape, dtype=torch.int32, device=order.device)
-
-    tiles, counts, ends = integers(most, 3), integers(q_clusters), integers(q_clusters, 2, k_padded)
-    lists = integers(q_clusters, tokens) if listed else None
+    tiles = torch.empty(turn, most, 3, dtype=torch.int32, device=order.device)
+    counts = torch.empty(turn, q_clusters, dtype=torch.int32, device=order.device)
+    lists = torch.empty(turn, q_clusters, tokens, dtype=torch.int32, device=order.device)
+    padded, k_padded = (max(32, triton.next_power_of_2(n)) for n in (q_clusters, k_clusters))
+    ends = torch.empty(turn, q_clusters, 2, k_padded, dtype=torch.int32, device=order.device)
     for first in range(0, all_heads, turn):
         present = min(turn, all_heads - first)
-        kept_keys_kernel[(q_clusters, present)](
-            order, offsets, mask, ctl, counts, ends, ends if lists is None else lists,
-            first, all_heads, tokens, q_clusters, k_clusters, words,
-            CLUSTERS=k_padded, HALVINGS=k_padded.bit_length() - 1, TILE=LIST_TILE, LISTED=listed, num_warps=4,
-        )  # fmt: skip
         row_tiles_kernel[(present,)](
             offsets, ctl, tiles, first, all_heads, tokens, q_clusters, k_clusters, most,
             ROWS=rows, CLUSTERS=padded, SMALL_LAST=int(small_last), num_warps=4,
         )  # fmt: skip
-        yield Turn(first, present, most, tiles, counts, ends, lists)
+        found_lists_kernel[(q_clusters, present)](
+            order, offsets, mask, ctl, counts, lists, ends,
+            first, all_heads, tokens, q_clusters, k_clusters, words,
+            CLUSTERS=k_padded, HALVINGS=k_padded.bit_length() - 1, TILE=FOUND_TILE, num_warps=4,
+        )  # fmt: skip
+        yield Turn(first, present, most, tiles, counts, lists)
 
 
-def heads_a_turn(all_heads: int, bytes_a_head: int, workspace: int | None = None) -> int:
-    """Heads that fit in the workspace, or fewer where that takes no more turns."""
-    fitting = max(1, (WORKSPACE_BYTES if workspace is None else workspace) // bytes_a_head)
+def heads_a_turn(all_heads: int, tokens: int, q_clusters: int, workspace: int | None = None) -> int:
+    """Heads whose key lists fit in the workspace, or fewer where that takes no more turns."""
+    workspace = WORKSPACE_BYTES if workspace is None else workspace
+    fitting = max(1, workspace // (4 * q_clusters * tokens))
     return -(-all_heads // -(-all_heads // fitting))

@@ -103,9 +103,9 @@ def attention_requests(dim: int, dtype: str, cluster: float) -> list[Request]:
             {"ROWS": launch.rows, "CLUSTERS": 512, "SMALL_LAST": 1},
         ),
         Request(
-            kernel_name(work_lists.kept_keys_kernel),
+            kernel_name(work_lists.found_lists_kernel),
             shared,
-            {"CLUSTERS": 1024, "HALVINGS": 10, "TILE": work_lists.LIST_TILE, "LISTED": True},
+            {"CLUSTERS": 1024, "HALVINGS": 10, "TILE": work_lists.FOUND_TILE},
         ),
     ]
 

@@ -80,10 +80,10 @@ def test_tiles_of_another_size_give_the_same(launch: Launch):
 def test_heads_take_turns_in_a_small_workspace(monkeypatch: pytest.MonkeyPatch):
     problem = Problem((1, 5, 60, 64, 2, 5), DTYPES[-1])
     at_once = problem.attend("kernel")
-    assert work_lists.heads_a_turn(12, 4 * 300 * 75_600) == 2  # a head's lists take 91 MB
-    assert work_lists.heads_a_turn(12, 4 * 300 * 75_600, 1 << 30) == 6  # eleven fit, but one would be left
+    assert work_lists.heads_a_turn(12, 75_600, 300) == 2  # a head's lists take 91 MB
+    assert work_lists.heads_a_turn(12, 75_600, 300, 1 << 30) == 6  # eleven fit, but one would be left
     monkeypatch.setattr(work_lists, "WORKSPACE_BYTES", 3 * 4 * 2 * 60)
-    assert work_lists.heads_a_turn(5, 4 * 2 * 60) == 3
+    assert work_lists.heads_a_turn(5, 60, 2) == 3
     for found, wanted in zip(problem.attend("kernel"), at_once, strict=True):
         assert torch.equal(found, wanted)
 

@@ -23,7 +23,7 @@ def test_lists_hold_the_kept_keys_in_order_and_tiles_every_query_once(
 ):
     problem = Problem(shape, torch.float16)
     tokens, clusters = shape[2], shape[4]
-    (turn,) = work_lists.turns(*problem.slots(dense=dense), rows=128, listed=True, small_last=small_last)
+    (turn,) = work_lists.turns(*problem.slots(dense=dense), rows=128, small_last=small_last)
     assert (turn.first, turn.heads) == (0, shape[0] * shape[1])
     of_key = labels(problem.order[:, :, 1], problem.offsets[:, :, clusters + 1 :]).flatten(0, 1)
     kept, order = problem.map.flatten(0, 1).to(of_key.device), problem.order.flatten(0, 1)
