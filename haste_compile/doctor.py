@@ -129,8 +129,7 @@ def _check_gpus(has_triton: bool) -> list[Check]:
         else:
             verdict, note = (
                 "ok",
-                "bfloat16, float16; Triton kernels"
-                + (" with TMA and warp specialisation" if capability[0] == 9 else ""),
+                "bfloat16, float16; Triton kernels" + (" with TMA" if capability[0] == 9 else ""),
             )
         checks.append(Check(f"GPU {index}", found, verdict, note))
     return checks

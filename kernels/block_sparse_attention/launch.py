@@ -29,9 +29,6 @@ class Launch:
 
     Attributes:
         tma: load Q, K and V through tensor memory descriptors.
-        warp_specialize: one producer warp group for the loads and two consumer warp groups for the rest.
-            Triton's Hopper pass needs ``tma``, 4 warps and 128 query rows (64 for each consumer; with 64
-            rows in all, both consumers would compute all of them).
         num_warps, num_stages: as Triton means them.
         parts: steps that a key block takes. Without TMA a tile of 128 × 128 scores does not fit in registers
             beside 128 × 128 outputs and operands that were loaded into registers: ptxas spills a kilobyte.
@@ -40,7 +37,6 @@ class Launch:
     """
 
     tma: bool
-    warp_specialize: bool
     num_warps: int
     num_stages: int
     parts: int = 1
@@ -64,8 +60,4 @@ def choose_launch(
     tile = block * dim * itemsize
     available = _SHARED_MEMORY.get(capability, _SMALLEST_SHARED_MEMORY) - _MARGIN - tile  # Q stays
     stages = max(1, min(4, available // (2 * tile // parts)))  # a stage holds one tile of K and one of V
-    warp_specialize = tma and block == 128
-    num_warps = 8 if block == 128 and not warp_specialize else 4
-    return Launch(
-        tma=tma, warp_specialize=warp_specialize, num_warps=num_warps, num_stages=stages, parts=parts
-    )
+    return Launch(tma=tma, num_warps=8 if block == 128 else 4, num_stages=stages, parts=parts)

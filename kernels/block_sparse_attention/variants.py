@@ -63,12 +63,12 @@ def _scheduled(schedule: hopper.Schedule) -> Attend:
 VARIANTS: dict[str, Variant] = {
     "triton": Variant(_launched(None), (), (64, 128), confirmed=True),
     "triton, pointers": Variant(
-        _launched(Launch(tma=False, warp_specialize=False, num_warps=8, num_stages=2, parts=2)),
+        _launched(Launch(tma=False, num_warps=8, num_stages=2, parts=2)),
         (8, 9), (64, 128), confirmed=True,
     ),
     "triton, descriptors made on the device": Variant(
         _launched(
-            Launch(tma=True, warp_specialize=True, num_warps=4, num_stages=2, host_descriptors=False)
+            Launch(tma=True, num_warps=8, num_stages=2, host_descriptors=False)
         ),
         (9,), (128,), confirmed=True,
     ),

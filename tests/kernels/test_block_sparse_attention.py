@@ -55,7 +55,7 @@ def by_kernel(launch: Launch | None) -> Attend:
     return attend
 
 
-POINTERS = Launch(tma=False, warp_specialize=False, num_warps=4, num_stages=1)
+POINTERS = Launch(tma=False, num_warps=4, num_stages=1)
 ATTEND: dict[str, Attend] = {
     "reference": reference.attend,
     "kernel": by_kernel(None),
@@ -183,7 +183,7 @@ def test_strides_that_tma_does_not_take(oracle: Oracle) -> None:
 def test_a_key_block_in_two_parts(tokens: int, oracle: Oracle) -> None:
     shape, dtype = (1, 2, tokens, 64, 128), DTYPES[-1]
     q, k, v, kept = problem(shape, dtype)
-    launch = Launch(tma=False, warp_specialize=False, num_warps=8, num_stages=1, parts=2)
+    launch = Launch(tma=False, num_warps=8, num_stages=1, parts=2)
     out, lse = by_kernel(launch)(q, k, v, pack_bits(kept), block=128, scale=0.1)
     exact, exact_lse = oracle(q, k, v, kept, block=128, scale=0.1)
     allowed = 2 * max(sdpa_error(q, k, v, kept, 128, 0.1, exact), torch.finfo(dtype).eps)
@@ -233,11 +233,11 @@ def test_launch_follows_the_capability() -> None:
     def choose(major: int, minor: int, *, tma_ready: bool = True, block: int = 128) -> Launch:
         return choose_launch((major, minor), block=block, dim=128, itemsize=2, tma_ready=tma_ready)
 
-    assert choose(9, 0) == Launch(tma=True, warp_specialize=True, num_warps=4, num_stages=2)
-    assert not choose(9, 0, block=64).warp_specialize and choose(9, 0, block=64).tma
+    assert choose(9, 0) == Launch(tma=True, num_warps=8, num_stages=2)
+    assert choose(9, 0, block=64).tma and choose(9, 0, block=64).num_warps == 4
     assert not choose(9, 0, tma_ready=False).tma
     for other in ((8, 0), (8, 9), (10, 0), (12, 0)):
-        assert not choose(*other).tma and not choose(*other).warp_specialize
+        assert not choose(*other).tma
         assert choose(*other).parts == 2 and choose(*other, block=64).parts == 1
     assert choose(9, 0).parts == 1 and choose(9, 0, tma_ready=False).parts == 2
     assert choose(8, 9).num_stages == 1  # 99 KB hold no second stage

@@ -156,6 +156,5 @@ def block_sparse_attention(
         q, k, v, out, lse, counts, indices,
         of_sample, of_head, D, of_sample, of_head, D, of_sample, of_head, D, of_sample, of_head, D,
         tokens, key_blocks, SCALE,
-        BLOCK=BLOCK, D=D, RAGGED=RAGGED, TMA=False, HOST_DESCRIPTORS=False, WARP_SPECIALIZE=False,
-        PARTS=PARTS,
+        BLOCK=BLOCK, D=D, RAGGED=RAGGED, TMA=False, HOST_DESCRIPTORS=False, PARTS=PARTS,
     )  # fmt: skip
