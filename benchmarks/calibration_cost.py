@@ -105,7 +105,7 @@ def measure(
     }
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="benchmarks.calibration_cost",
         description=__doc__,
@@ -121,7 +121,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--block-size", type=int, default=128)
     parser.add_argument("--blocks", type=int, help="blocks that are timed; default: all of the model's")
     parser.add_argument("--json", type=Path, help="file for the figures")
-    args = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parse(arguments)
     *_, height, width = MODELS[args.model]
     request = Request(
         prompt="",

@@ -137,6 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.json is not None:
         facts = {
             "device": options.device,
+            "gpu": torch.cuda.get_device_name() if options.device == "cuda" else None,
             "torch": torch.__version__,
             "date": datetime.date.today().isoformat(),
             "layers": options.layers,

@@ -16,6 +16,7 @@ pytest.importorskip("triton")
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = (ROOT / "docs/speed-notebook.md").read_text(encoding="utf-8")
+MODELS = ("1.3B", "14B")
 COMMANDS = [
     line for block in re.findall(r"^```sh\n(.*?)^```", NOTEBOOK, re.M | re.S) for line in block.splitlines()
 ]
@@ -167,6 +168,36 @@ def test_the_forwards_are_the_recorded_ones() -> None:
     assert f"{theirs:.0f} TFLOP/s at 720p; our kernel makes {ours:.0f} of them" in text
 
 
+def test_svg2_s_goals_are_judged_by_the_record() -> None:
+    sites = {
+        site: {row["what"]: row for row in rows["0.5"]}
+        for site, rows in _record("svg2", "h200")["geometries"].items()
+    }
+    (dense_rows,) = _record("svg2-density25", "h200")["geometries"].values()
+    fuller = {row["what"]: row for row in dense_rows["0.5"]}
+    ships, tail, fixed = "svg2 attention, gluon, no tail", "svg2 attention", "fixed blocks, equal density"
+
+    def share(site: str, word: str) -> str:
+        rows = sites[site]
+        part = rows[f"refresh, every head {word}, replayed"]["milliseconds"]
+        return f"{100 * part / rows['dense SDPA']['milliseconds']:.2f} %"
+
+    found = [f"{share(f'{model} 720p', 'rebuilds')}, {share(f'{model} 720p', 'reuses')}" for model in MODELS]
+    assert f"| 1.3B {found[0]}; 14B {found[1]} | met |" in NOTEBOOK
+
+    def ratio(rows: dict[str, dict[str, float]]) -> str:
+        return f"{rows[ships]['tflops'] / rows[fixed]['tflops']:.2f}"
+
+    ratios = [ratio(rows) for rows in (fuller, sites["1.3B 720p"], sites["14B 720p"])]
+    assert "| {} at .26; {} at .15, with 40 heads {} | missed |".format(*ratios) in NOTEBOOK
+    rates = [
+        f"{rows[tail]['tflops']:.0f} instead of {rows[ships]['tflops']:.0f}"
+        for rows in (sites[f"{model} {size}"] for size in ("720p", "480p") for model in MODELS)
+    ]
+    text = "{} TFLOP/s at 1.3B 720p, {} at 14B 720p, {} and {} at 480p: taken out".format(*rates)
+    assert text in NOTEBOOK
+
+
 def _named(rows: list[dict[str, Any]], what: str) -> list[dict[str, Any]]:
     return [row for row in rows if row["what"] == what]
 
@@ -176,7 +207,12 @@ def test_compile_times_are_the_recorded_ones() -> None:
     whole, blocks = record["rows"]
     text = " ".join(NOTEBOOK.split())
     assert record["environment"]["torch"] in text
-    assert f"CPU: {whole['cpu_ratio']:.2f}× whole, {blocks['cpu_ratio']:.2f}× blocks" in text
+    on_gpu = _record("compile-time", "h200")["rows"]
+    ratios = [f"{row['cpu_ratio']:.2f}×" for row in (*on_gpu, whole, blocks)]
+    assert "whole {}, blocks {} on an H200; {} and {} on a CPU".format(*ratios) in text
+    seconds = [f"{row['dense_cpu_s']:.1f} dense and {row['haste_cpu_s']:.1f} haste" for row in on_gpu[:1]]
+    assert f"whole model {seconds[0]}, {ratios[0]}" in text
+    assert f"blocks {on_gpu[1]['dense_cpu_s']:.1f} and {on_gpu[1]['haste_cpu_s']:.1f}, {ratios[1]}" in text
     assert f"whole model {whole['dense_cpu_s']:.1f} dense and {whole['haste_cpu_s']:.1f} haste" in text
     assert f"blocks {blocks['dense_cpu_s']:.1f} and {blocks['haste_cpu_s']:.1f}" in text
     assert f"Wall time, {whole['wall_ratio']:.2f}× and {blocks['wall_ratio']:.2f}×" in text
@@ -202,7 +238,6 @@ def test_what_clusters_cost_is_what_was_recorded() -> None:
     dense = time["dense SDPA"]
     rebuild, reuse = (time[f"refresh, every head {word}, replayed"] for word in ("rebuilds", "reuses"))
     shares = f"{100 * rebuild / dense:.1f} %", f"{100 * reuse / dense:.2f} %"
-    assert f"| {shares[0]}, {shares[1]} | met |" in NOTEBOOK
     assert f"a rebuild {rebuild:.2f} ms replayed, {shares[0]} of dense, and" in NOTEBOOK
     assert f"and {time['refresh, every head rebuilds']:.2f} from Python" in NOTEBOOK
     assert f"a reuse {reuse:.2f} ms replayed, {shares[1]} |" in NOTEBOOK
@@ -224,11 +259,6 @@ def test_what_clusters_cost_is_what_was_recorded() -> None:
     assert f"at .15, {turns:.0f} instead of {little:.0f} |" in NOTEBOOK
     share = f"{100 * none / fixed:.0f} % ({none:.0f} of {fixed:.0f})"
     assert f"{share} instead of {100 * turns / fixed:.0f} % ({turns:.0f})" in NOTEBOOK
-    assert (
-        f"| {large / fixed_later:.2f} at .26, in turns; {none / fixed:.2f} at .15 without | missed"
-        in NOTEBOOK
-    )
-
     assert (
         f"{parts['reuse_ms']['call']:.2f} ms with Python's part, {parts['reuse_ms']['replayed']:.2f} as"
         in NOTEBOOK
