@@ -210,6 +210,13 @@ def test_compile_times_are_the_recorded_ones() -> None:
     on_gpu = _record("compile-time", "h200")["rows"]
     ratios = [f"{row['cpu_ratio']:.2f}×" for row in (*on_gpu, whole, blocks)]
     assert "whole {}, blocks {} on an H200; {} and {} on a CPU".format(*ratios) in text
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    more = on_gpu[1]["haste_cpu_s"] - on_gpu[1]["dense_cpu_s"]
+    assert f"takes {on_gpu[0]['cpu_ratio']:.2f} times as long as dense" in readme
+    assert (
+        round(more) == round(on_gpu[1]["dense_cpu_s"]) == 9
+        and "nine seconds longer than dense's nine" in readme
+    )
     seconds = [f"{row['dense_cpu_s']:.1f} dense and {row['haste_cpu_s']:.1f} haste" for row in on_gpu[:1]]
     assert f"whole model {seconds[0]}, {ratios[0]}" in text
     assert f"blocks {on_gpu[1]['dense_cpu_s']:.1f} and {on_gpu[1]['haste_cpu_s']:.1f}, {ratios[1]}" in text
