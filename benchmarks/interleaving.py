@@ -8,6 +8,7 @@ often.
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import statistics
@@ -71,10 +72,9 @@ def paired_ratio(over: Sequence[float], under: Sequence[float]) -> tuple[float, 
     of fewer than k heads in n tosses. With fewer than six rounds it is all of them, at less than 95 %.
     """
     ratios = sorted(a / b for a, b in zip(over, under, strict=True))
-    count, below, first = len(ratios), 0.0, 0
-    while (below := below + math.comb(count, first) / 2**count) <= 0.025:
-        first += 1
-    first = max(first - 1, 0)
+    count = len(ratios)
+    chances = itertools.accumulate(math.comb(count, heads) / 2**count for heads in range(count + 1))
+    first = max(sum(chance <= 0.025 for chance in chances) - 1, 0)
     return statistics.median(ratios), ratios[first], ratios[-1 - first]
 
 

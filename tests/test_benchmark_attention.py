@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks import attention, attention_problems, attention_sides
 from benchmarks.attention_problems import Problem, WrongResultError
 from benchmarks.attention_sides import Side
-from benchmarks.interleaving import balanced_rounds, measure
+from benchmarks.interleaving import balanced_rounds, measure, paired_ratio
 
 ROOT = Path(__file__).parents[1]
 
@@ -74,6 +74,34 @@ def test_sides_are_checked_first_and_timed_in_one_table() -> None:
     assert rows[1].flops == 4 * 128 * problem.pairs() and rows[1].bytes == problem.bytes()
     assert rows[1].tflops == pytest.approx(rows[1].flops / 2e-3 / 1e12)
     assert "ours" in attention.line(rows[1]) and "even" in attention.line(rows[1])
+
+
+@pytest.mark.parametrize(
+    ("rounds", "first", "last"),
+    # Tables of the sign test: P(at most 3 heads of 16) = .011, 4: .038; 6 of 24: .011, 7: .032.
+    [(3, 1, 3), (5, 1, 5), (6, 1, 6), (16, 4, 13), (24, 7, 18)],
+)
+def test_a_ratio_s_interval_is_that_of_the_sign_test(rounds: int, first: int, last: int) -> None:
+    over = [2.0 * place for place in range(rounds, 0, -1)]
+    assert paired_ratio(over, [2.0] * rounds) == ((rounds + 1) / 2, first, last)
+
+
+def test_ours_is_compared_with_flash_attention_round_by_round() -> None:
+    problem = small_problem()
+    stubs = [
+        Side(attention.FLASH_SPARSE, lambda: masked_sdpa(problem), problem),
+        Side("ours", lambda: masked_sdpa(problem), problem, ours=True),
+    ]
+    rounds = {id(stub.call): 0 for stub in stubs}
+
+    def timer(call: Any) -> float:
+        rounds[id(call)] += 1
+        slower = 1.5 if call is stubs[0].call else 1.0
+        return slower * 10.0 ** rounds[id(call)]  # the card gets slower from round to round, for both alike
+
+    flash, ours = attention.compare(stubs, "even", 8, {}, timer=timer)
+    assert flash.over_flash is None and ours.over_flash == pytest.approx((1.5, 1.5, 1.5))
+    assert "1.500 [1.500, 1.500]" in attention.line(ours)
 
 
 def test_a_wrong_kernel_of_ours_stops_everything() -> None:

@@ -67,10 +67,8 @@ VARIANTS: dict[str, Variant] = {
         (8, 9), (64, 128), confirmed=True,
     ),
     "triton, descriptors made on the device": Variant(
-        _launched(
-            Launch(tma=True, num_warps=8, num_stages=2, host_descriptors=False)
-        ),
-        (9,), (128,), confirmed=True,
+        _launched(Launch(tma=True, num_warps=8, num_stages=2, host_descriptors=False)),
+        (9,), (128,), confirmed=False,
     ),
     "gluon": Variant(_scheduled(hopper.Schedule()), (9,), (128,), confirmed=True),
     "gluon, in turns": Variant(
