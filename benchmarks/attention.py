@@ -42,7 +42,8 @@ from benchmarks.attention_problems import (
 )
 from benchmarks.attention_sides import FLASH_SPARSE, Side, sides, state
 from benchmarks.interleaving import Call, Timer, captured, cuda_milliseconds, measure, paired_ratio
-from haste_compile.errors import DeviceError, HasteError
+from benchmarks.machine import need_gpu
+from haste_compile.errors import HasteError
 from haste_compile.kernels.layout import Ctl
 
 STRIDE = 16
@@ -317,13 +318,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     try:
-        if not torch.cuda.is_available():
-            raise DeviceError(
-                found="no CUDA device",
-                wanted="one NVIDIA GPU",
-                where="benchmarks/attention.py",
-                fix="Run it on a machine with a GPU; the tests cover the kernels on the CPU.",
-            )
+        need_gpu("benchmarks/attention.py")
         facts = environment() | {"replay": options.replay}
         print(", ".join(f"{key} {value}" for key, value in facts.items()), flush=True)
         run(options, facts)

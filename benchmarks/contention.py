@@ -32,9 +32,10 @@ from torch import Tensor
 from benchmarks.attention import environment
 from benchmarks.attention_problems import BLOCK, DTYPE, make_problem
 from benchmarks.attention_sides import LeftOutError, cudnn_sdpa, flash_sparse
+from benchmarks.machine import need_gpu
 from benchmarks.sanitize import examine, find_tool
 from benchmarks.svg2 import make_site
-from haste_compile.errors import DeviceError, HasteError
+from haste_compile.errors import HasteError
 
 #: Rows of the pieces in which a difference is counted: what one consumer of Hopper's kernels computes.
 ROWS = 64
@@ -179,13 +180,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     try:
-        if not torch.cuda.is_available():
-            raise DeviceError(
-                found="no CUDA device",
-                wanted="one NVIDIA GPU",
-                where="benchmarks/contention.py",
-                fix="Run it on a machine with a GPU.",
-            )
+        need_gpu("benchmarks/contention.py")
         if options.load:
             use_the_gpu(options.load)
         if options.sanitize:

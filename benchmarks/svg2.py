@@ -56,8 +56,9 @@ from benchmarks.attention import (
 )
 from benchmarks.attention_sides import PROBE_SECONDS, in_child
 from benchmarks.interleaving import captured
+from benchmarks.machine import need_gpu
 from haste_compile.config import HasteConfig
-from haste_compile.errors import DeviceError, HasteError
+from haste_compile.errors import HasteError
 from haste_compile.kernels import cluster_ops
 from haste_compile.kernels.block_mask import unpack_bits
 from haste_compile.kernels.cluster_map import reference as cluster_map
@@ -456,13 +457,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.quick:
         geometries, options.repeats = {"quick": (4, 4100)}, 3
     try:
-        if not torch.cuda.is_available():
-            raise DeviceError(
-                found="no CUDA device",
-                wanted="one NVIDIA GPU",
-                where="benchmarks/svg2.py",
-                fix="Run it on a machine with a GPU; the tests cover the kernels on the CPU.",
-            )
+        need_gpu("benchmarks/svg2.py")
         known = {**environment(), "centres": CENTRES, "floor": options.floor}
         left_out: dict[str, str] = {}
         record: dict[str, Any] = {"environment": known, "geometries": {}, "left_out": left_out}

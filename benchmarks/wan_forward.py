@@ -39,6 +39,7 @@ from torch.overrides import TorchFunctionMode
 
 from benchmarks.attention_problems import BLOCK, Problem, WrongResultError, check
 from benchmarks.interleaving import Timer, cuda_milliseconds
+from benchmarks.machine import need_gpu
 from benchmarks.structured_weights import (
     build_transformer,
     find_delta,
@@ -47,7 +48,7 @@ from benchmarks.structured_weights import (
     sigmas,
 )
 from haste_compile.config import HasteConfig
-from haste_compile.errors import DeviceError, HasteError
+from haste_compile.errors import HasteError
 from haste_compile.kernels.block_mask import unpack_bits
 from haste_compile.kernels.layout import COUNTER_COLUMNS, Counter, Ctl
 from haste_compile.pipeline import optimize
@@ -353,13 +354,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     try:
-        if not torch.cuda.is_available():
-            raise DeviceError(
-                found="no CUDA device",
-                wanted="one NVIDIA GPU",
-                where="benchmarks/wan_forward.py",
-                fix="Run it on a machine with a GPU; the tests cover it at a small size on the CPU.",
-            )
+        need_gpu("benchmarks/wan_forward.py")
         import triton
 
         geometry = Geometry(*MODELS[options.model], GRIDS[options.size])
