@@ -91,6 +91,7 @@ def block_sparse_attention_kernel(
     KEYS: tl.constexpr = BLOCK // PARTS
 
     if TMA:
+        # Made on the device also where K's and V's are not: the form of it that has run on a GPU.
         queries = _describe(q, batch, head, stride_qb, stride_qh, stride_qn, tokens, BLOCK, D).load(
             [start, 0]
         )
