@@ -3,13 +3,15 @@
 The same mathematics as ``kernel.py``, with the schedule written out that Triton's compiler does not find:
 
     scheduler    the next tile and where its list ends → shared memory, a tile ahead
-    producer     Q, then for every kept block K and V, by TMA
+    producer     Q, then for every kept block Kⱼ and Vⱼ₋₁, by TMA
     consumer c   rows 64·c … 64·c + 63 of the tile; for every block j:
                      issue S = Q·Kⱼᵀ and O += P·Vⱼ₋₁  →  wait for S  →  softmax of S while P·V runs  →  P
 
 * A consumer's softmax runs under its own P·V and under the other's products. Taking turns at issuing products
   (FlashAttention-3 §3.1 calls it ping-pong) is a variant; the consumers fall into step without it.
-* Outputs are rescaled only where a maximum has grown, a warp at a time (``hopper_softmax.py``).
+* Outputs are rescaled only where a maximum has grown, a warp at a time (``hopper_consumer.py``).
+* No warp waits for another one of its group to give a buffer back: every thread arrives for itself. K goes a
+  block ahead of V, and V is waited for when Q·Kᵀ is on its way already.
 * The list of a row is walked backwards. Indices ascend, so the one block that can reach past the last token
   comes first, outside of the loop, and no iteration pays for masking.
 * Tiles are fetched from a counter: a multiprocessor that got short rows takes more of them. Rows of a head
@@ -40,7 +42,13 @@ from haste_compile.errors import InputError
 from haste_compile.kernels.block_mask import BlockMask
 from haste_compile.kernels.block_sparse_attention.kernel import check_inputs, tma_ready
 from haste_compile.kernels.block_sparse_attention.tail_order import TAIL, order_tail
-from haste_compile.kernels.hopper_softmax import lane_sums, rescale_rows, times_rows
+from haste_compile.kernels.hopper_consumer import (
+    RELEASES,
+    lane_sums,
+    release,
+    rescale_rows,
+    times_rows,
+)
 
 #: Query tokens, and key tokens, of a tile.
 BLOCK = 128
@@ -93,6 +101,17 @@ def _next_tile(work, work_full, work_empty, done, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
+def _load(
+    x, batch, head, start, tiles, full, empty, block, BYTES: gl.constexpr, STAGES: gl.constexpr
+):  # fmt: skip
+    """Fetch 128 rows of K or V into the buffer of the ``block``-th block, when that is free."""
+    stage = block % STAGES
+    mbarrier.wait(empty.index(stage), (block // STAGES & 1) ^ 1)
+    mbarrier.expect(full.index(stage), BYTES)
+    tma.async_copy_global_to_shared(x, [batch, head, start, 0], full.index(stage), tiles.index(stage))
+
+
+@gluon.jit
 def _produce(
     q, k, v, q_tiles, k_tiles, v_tiles, work, work_full, work_empty,
     q_full, q_empty, k_full, k_empty, v_full, v_empty,
@@ -120,22 +139,16 @@ def _produce(
                 q_tiles.index(slot * 2 + half),
             )  # fmt: skip
 
+        value_start = 0
         for step in range(kept):
-            stage = block % STAGES
-            free = (block // STAGES & 1) ^ 1
-            start = index * 128
+            key_start = index * 128
             index = gl.load(row_indices + gl.maximum(kept - 2 - step, 0))
-            mbarrier.wait(k_empty.index(stage), free)
-            mbarrier.expect(k_full.index(stage), TILE_BYTES)
-            tma.async_copy_global_to_shared(
-                k, [batch, head, start, 0], k_full.index(stage), k_tiles.index(stage)
-            )
-            mbarrier.wait(v_empty.index(stage), free)
-            mbarrier.expect(v_full.index(stage), TILE_BYTES)
-            tma.async_copy_global_to_shared(
-                v, [batch, head, start, 0], v_full.index(stage), v_tiles.index(stage)
-            )
+            _load(k, batch, head, key_start, k_tiles, k_full, k_empty, block, TILE_BYTES, STAGES)
+            if step > 0:
+                _load(v, batch, head, value_start, v_tiles, v_full, v_empty, block - 1, TILE_BYTES, STAGES)
+            value_start = key_start
             block += 1
+        _load(v, batch, head, value_start, v_tiles, v_full, v_empty, block - 1, TILE_BYTES, STAGES)
         done += 1
         tile, kept, index = _next_tile(work, work_full, work_empty, done, one_warp)
 
@@ -185,7 +198,7 @@ def _consume(
         if IN_TURNS:
             mbarrier.arrive(other_turn)
         scores = warpgroup_mma_wait(0, deps=[scores])
-        mbarrier.arrive(k_empty.index(block % STAGES))
+        release(k_empty.index(block % STAGES))
         if RAGGED:
             keys = last * 128 + gl.arange(0, 128, layout=gl.SliceLayout(0, score_layout))
             scores = gl.where((keys < tokens)[None, :], scores, float("-inf"))
@@ -201,20 +214,19 @@ def _consume(
             block += 1
             key_stage = block % STAGES
             mbarrier.wait(k_full.index(key_stage), block // STAGES & 1)
-            mbarrier.wait(v_full.index(value_stage), value_phase)
             if IN_TURNS:
                 mbarrier.wait(my_turn, block & 1)
             scores = warpgroup_mma(
                 queries, _matrix(k_tiles.index(key_stage), D, 128).permute((1, 0)),
                 gl.zeros([64, 128], gl.float32, score_layout), use_acc=False, is_async=True,
             )  # fmt: skip
+            mbarrier.wait(v_full.index(value_stage), value_phase)
             accumulator = warpgroup_mma(
                 weights_16, _matrix(v_tiles.index(value_stage), D, 128), accumulator, is_async=True
             )
             if IN_TURNS:
                 mbarrier.arrive(other_turn)
             scores = warpgroup_mma_wait(1, deps=[scores])
-            mbarrier.arrive(k_empty.index(key_stage))
             new_max = gl.maximum(row_max, gl.max(scores, 1) * scale_log2)
             rescale = gl.exp2(row_max - new_max)
             weights = gl.exp2(scores * scale_log2 - new_max[:, None])
@@ -224,7 +236,8 @@ def _consume(
             # for products but not across a loop, and would put all of the softmax after the next one.
             mbarrier.wait(v_full.index(value_stage), value_phase)
             accumulator = warpgroup_mma_wait(0, deps=[accumulator])
-            mbarrier.arrive(v_empty.index(value_stage))
+            release(k_empty.index(key_stage))
+            release(v_empty.index(value_stage))
             accumulator = rescale_rows(accumulator, rescale, out_layout)
             weights_16 = gl.convert_layout(weights.to(out.dtype), weight_layout)
 
@@ -242,7 +255,7 @@ def _consume(
         lse_at = lse + head_of_all.to(gl.int64) * tokens + start
         gl.store(lse_at + rows, (row_max + gl.log2(sums)) * _LN_2, mask=rows < tokens - start)
         accumulator = warpgroup_mma_wait(0, deps=[accumulator])
-        mbarrier.arrive(v_empty.index(value_stage))
+        release(v_empty.index(value_stage))
 
         result = accumulator * gl.convert_layout(1.0 / sums, out_row)[:, None]
         # Every warp has read its queries; none may still be writing the output of an earlier tile.
@@ -301,9 +314,9 @@ def block_sparse_attention_hopper(
         mbarrier.init(q_empty.index(slot), count=2)
     for stage in gl.static_range(STAGES):
         mbarrier.init(k_full.index(stage), count=1)
-        mbarrier.init(k_empty.index(stage), count=2)
+        mbarrier.init(k_empty.index(stage), count=2 * RELEASES)
         mbarrier.init(v_full.index(stage), count=1)
-        mbarrier.init(v_empty.index(stage), count=2)
+        mbarrier.init(v_empty.index(stage), count=2 * RELEASES)
     for consumer in gl.static_range(2):
         mbarrier.init(turns.index(consumer), count=1)
     fence_async_shared()
