@@ -3,7 +3,7 @@
 The schedule of ``block_sparse_attention/hopper.py``: read that first. What differs is what TMA cannot do,
 since neither the queries of a cluster nor the keys that it keeps lie side by side:
 
-    producer     tile number → shared memory; Q, then for every 128 listed keys Kⱼ and Vⱼ₋₁, row by row
+    producer     tile number → shared memory; Q, then for every 128 listed keys K and V, row by row
     consumer c   rows 64·c … 64·c + 63 of the row tile; the loop as there; results go back row by row
 
 * A row is 256 bytes, sixteen copies of 16 by ``cp.async``, straight into the swizzled tile that ``wgmma``
@@ -37,13 +37,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from haste_compile.errors import InputError
-from haste_compile.kernels.hopper_consumer import (
-    RELEASES,
-    lane_sums,
-    release,
-    rescale_rows,
-    times_rows,
-)
+from haste_compile.kernels.hopper_consumer import lane_sums, rescale_rows, times_rows
 from haste_compile.kernels.layout import Ctl
 from haste_compile.kernels.variable_block_attention.work_lists import SMALL_LAST, turns
 
@@ -83,18 +77,6 @@ def _gather(tile, base, token, stride, D: gl.constexpr, copy_layout: gl.constexp
     feature = gl.arange(0, D, layout=gl.SliceLayout(0, copy_layout))
     rows = base + (token * stride)[:, None]  # 32 bits, see suits()
     async_copy.async_copy_global_to_shared(tile, rows + feature[None, :])
-
-
-@gluon.jit
-def _fill(
-    tiles, base, token, stride, full, empty, block,
-    D: gl.constexpr, STAGES: gl.constexpr, copy_layout: gl.constexpr,
-):  # fmt: skip
-    """Copy 128 rows of K or V into the buffer of the ``block``-th block, when that is free."""
-    stage = block % STAGES
-    mbarrier.wait(empty.index(stage), (block // STAGES & 1) ^ 1)
-    _gather(tiles.index(stage), base, token, stride, D, copy_layout)
-    async_copy.mbarrier_arrive(full.index(stage), increment_count=False)
 
 
 @gluon.jit
@@ -150,21 +132,18 @@ def _produce(
 
             keys_of_head = k + batch_of * stride_kb + head_of * stride_kh
             values_of_head = v + batch_of * stride_vb + head_of * stride_vh
-            before = token
             for step in range(last + 1):
+                stage = block % STAGES
+                free = (block // STAGES & 1) ^ 1
                 upcoming = _listed(listed, gl.maximum(last - 1 - step, 0) * 128, count, copy_row)
-                _fill(k_tiles, keys_of_head, token, stride_kn, k_full, k_empty, block, D, STAGES, copy_layout)
-                if step > 0:
-                    _fill(
-                        v_tiles, values_of_head, before, stride_vn, v_full, v_empty, block - 1,
-                        D, STAGES, copy_layout,
-                    )  # fmt: skip
-                before = token
+                mbarrier.wait(k_empty.index(stage), free)
+                _gather(k_tiles.index(stage), keys_of_head, token, stride_kn, D, copy_layout)
+                async_copy.mbarrier_arrive(k_full.index(stage), increment_count=False)
+                mbarrier.wait(v_empty.index(stage), free)
+                _gather(v_tiles.index(stage), values_of_head, token, stride_vn, D, copy_layout)
+                async_copy.mbarrier_arrive(v_full.index(stage), increment_count=False)
                 token = upcoming
                 block += 1
-            _fill(
-                v_tiles, values_of_head, before, stride_vn, v_full, v_empty, block - 1, D, STAGES, copy_layout
-            )
         tile = following
 
     slot = round_of_q % Q_STAGES
@@ -230,7 +209,7 @@ def _consume(
             if IN_TURNS:
                 mbarrier.arrive(other_turn)
             scores = warpgroup_mma_wait(0, deps=[scores])
-            release(k_empty.index(block % STAGES))
+            mbarrier.arrive(k_empty.index(block % STAGES))
             column = steps * 128 + gl.arange(0, 128, layout=gl.SliceLayout(0, score_layout))
             scores = gl.where((column < count)[None, :], scores, float("-inf"))
             row_max = gl.max(scores, 1) * scale_log2
@@ -245,6 +224,7 @@ def _consume(
                 block += 1
                 key_stage = block % STAGES
                 mbarrier.wait(k_full.index(key_stage), block // STAGES & 1)
+                mbarrier.wait(v_full.index(value_stage), value_phase)
                 fence_async_shared()
                 if IN_TURNS:
                     mbarrier.wait(my_turn, block & 1)
@@ -252,14 +232,13 @@ def _consume(
                     queries, k_tiles.index(key_stage).permute((1, 0)),
                     gl.zeros([64, 128], gl.float32, score_layout), use_acc=False, is_async=True,
                 )  # fmt: skip
-                mbarrier.wait(v_full.index(value_stage), value_phase)
-                fence_async_shared()
                 accumulator = warpgroup_mma(
                     weights_16, v_tiles.index(value_stage), accumulator, is_async=True
                 )
                 if IN_TURNS:
                     mbarrier.arrive(other_turn)
                 scores = warpgroup_mma_wait(1, deps=[scores])
+                mbarrier.arrive(k_empty.index(key_stage))
                 new_max = gl.maximum(row_max, gl.max(scores, 1) * scale_log2)
                 rescale = gl.exp2(row_max - new_max)
                 weights = gl.exp2(scores * scale_log2 - new_max[:, None])
@@ -268,8 +247,7 @@ def _consume(
                 # Over already: it keeps ptxas from putting the softmax after the products (see the sibling).
                 mbarrier.wait(v_full.index(value_stage), value_phase)
                 accumulator = warpgroup_mma_wait(0, deps=[accumulator])
-                release(k_empty.index(key_stage))
-                release(v_empty.index(value_stage))
+                mbarrier.arrive(v_empty.index(value_stage))
                 accumulator = rescale_rows(accumulator, rescale, out_layout)
                 weights_16 = gl.convert_layout(weights.to(element), weight_layout)
 
@@ -289,7 +267,7 @@ def _consume(
             row = _in_order(order_of_head, place, sparse)
             inside = start + gl.arange(0, 64, layout=copy_row) < end
             accumulator = warpgroup_mma_wait(0, deps=[accumulator])
-            release(v_empty.index(value_stage))
+            mbarrier.arrive(v_empty.index(value_stage))
 
             result = accumulator * gl.convert_layout(1.0 / sums, out_row)[:, None]
             # Every warp has read its queries; none may still be writing the output of an earlier tile.
@@ -308,9 +286,9 @@ def _consume(
                 if IN_TURNS:
                     mbarrier.wait(my_turn, block & 1)
                     mbarrier.arrive(other_turn)
-                release(k_empty.index(stage))
+                mbarrier.arrive(k_empty.index(stage))
                 mbarrier.wait(v_full.index(stage), phase)
-                release(v_empty.index(stage))
+                mbarrier.arrive(v_empty.index(stage))
                 block += 1
         _synchronise()
         mbarrier.arrive(q_empty.index(slot))
@@ -361,9 +339,9 @@ def variable_block_attention_hopper(
         mbarrier.init(q_empty.index(slot), count=2)
     for stage in gl.static_range(STAGES):
         mbarrier.init(k_full.index(stage), count=_PRODUCERS)
-        mbarrier.init(k_empty.index(stage), count=2 * RELEASES)
+        mbarrier.init(k_empty.index(stage), count=2)
         mbarrier.init(v_full.index(stage), count=_PRODUCERS)
-        mbarrier.init(v_empty.index(stage), count=2 * RELEASES)
+        mbarrier.init(v_empty.index(stage), count=2)
     for consumer in gl.static_range(2):
         mbarrier.init(turn.index(consumer), count=1)
     fence_async_shared()
@@ -404,7 +382,7 @@ def variable_block_attention_hopper(
             ),
         ],
         [4, 4],
-        [224, 56],
+        [232, 40],
     )  # fmt: skip
 
 
