@@ -94,6 +94,12 @@ def test_the_costs_on_a_gpu_are_the_recorded_ones() -> None:
     share = f"{ours['tflops'] / theirs:.2f} at {ours['density']:.3f}"
     text = f"{share}, {ours['tflops']:.0f} of {theirs:.0f} TFLOP/s"
     assert text in " ".join(DOC.split())
+    record = json.loads((ROOT / "benchmarks/results/svg2-schedules-h200.json").read_text(encoding="utf-8"))
+    rates = [row["tflops"] for row in record["rows"][:3]]
+    sparse, fuller, many = (f"{r['ships'] / r['fixed blocks, equal density']:.2f}" for r in rates)
+    assert sparse == fuller
+    text = f"{sparse} of their rate at 1.3B 720p, at both densities, {many} at 14B 720p"
+    assert text in " ".join(DOC.split())
 
 
 def test_the_comparison_on_nano_wan_is_the_recorded_run() -> None:
