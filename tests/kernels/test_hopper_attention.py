@@ -225,6 +225,12 @@ def test_no_release_overtakes_a_warp(
     for before, arrival in zip(flow, flow[1:], strict=False):
         if arrival.startswith("mbarrier.arrive"):
             assert before in ("bar.sync", "bar.warp.sync")
+    # K's and V's buffers: every thread arrives for itself, after its wait for the products that read them.
+    products = re.findall(
+        r"wgmma\.mma_async|wgmma\.wait_group|cp\.async\.mbarrier\.arrive\.noinc", compiled[case].ptx
+    )
+    releases = [i for i, word in enumerate(products) if word.startswith("cp.async")]
+    assert len(releases) == 2 * 4 and not any(products[i - 1].endswith("mma_async") for i in releases)
     # The output: written by all warps, fenced by each, then a barrier, then one thread's copy.
     for place, word in enumerate(flow):
         if word.startswith("cp.async.bulk.tensor"):
