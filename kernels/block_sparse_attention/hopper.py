@@ -9,9 +9,10 @@ The same mathematics as ``kernel.py``, with the schedule written out that Triton
 
 * A consumer's softmax runs under its own P·V and under the other's products. Taking turns at issuing products
   (FlashAttention-3 §3.1 calls it ping-pong) is a variant; the consumers fall into step without it.
-* Outputs are rescaled only where a maximum has grown, a warp at a time (``hopper_consumer.py``).
-* No warp waits for another one of its group to give a buffer back: every thread arrives for itself. K goes a
-  block ahead of V, and V is waited for when Q·Kᵀ is on its way already.
+* Outputs are rescaled only where a maximum has grown, a warp at a time (``hopper_softmax.py``).
+* K and V are given back by every thread for itself. One arrival a consumer would need its four warps together
+  first, twice a block; cp.async's arrival, which counts threads and here follows no copy, needs nobody.
+* K goes a block ahead of V, and V is waited for when Q·Kᵀ is on its way already.
 * The list of a row is walked backwards. Indices ascend, so the one block that can reach past the last token
   comes first, outside of the loop, and no iteration pays for masking.
 * Tiles are fetched from a counter: a multiprocessor that got short rows takes more of them. Rows of a head
@@ -30,6 +31,7 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
     fence_async_shared,
     mbarrier,
     tma,
@@ -42,13 +44,7 @@ from haste_compile.errors import InputError
 from haste_compile.kernels.block_mask import BlockMask
 from haste_compile.kernels.block_sparse_attention.kernel import check_inputs, tma_ready
 from haste_compile.kernels.block_sparse_attention.tail_order import TAIL, order_tail
-from haste_compile.kernels.hopper_consumer import (
-    RELEASES,
-    lane_sums,
-    release,
-    rescale_rows,
-    times_rows,
-)
+from haste_compile.kernels.hopper_softmax import lane_sums, rescale_rows, times_rows
 
 #: Query tokens, and key tokens, of a tile.
 BLOCK = 128
@@ -58,6 +54,8 @@ DIM = 128
 _LOG2_E = gl.constexpr(1.4426950408889634)
 _LN_2 = gl.constexpr(0.6931471805599453)
 _DONE = gl.constexpr(-1)
+#: Threads of both consumers: arrivals at the barrier of a buffer of K or V that is given back.
+_RELEASES = gl.constexpr(256)
 
 # One name in triton 3.6, another in 3.7: a barrier of the warps of a partition.
 _synchronise = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
@@ -160,6 +158,12 @@ def _matrix(tile, D: gl.constexpr, ROWS: gl.constexpr):
 
 
 @gluon.jit
+def _release(empty):
+    """This thread's products have read the buffer."""
+    async_copy.mbarrier_arrive(empty, increment_count=False)
+
+
+@gluon.jit
 def _consume(
     out, lse, q_tiles, k_tiles, v_tiles, work, work_full, work_empty,
     q_full, q_empty, k_full, k_empty, v_full, v_empty, turns,
@@ -198,7 +202,7 @@ def _consume(
         if IN_TURNS:
             mbarrier.arrive(other_turn)
         scores = warpgroup_mma_wait(0, deps=[scores])
-        release(k_empty.index(block % STAGES))
+        _release(k_empty.index(block % STAGES))
         if RAGGED:
             keys = last * 128 + gl.arange(0, 128, layout=gl.SliceLayout(0, score_layout))
             scores = gl.where((keys < tokens)[None, :], scores, float("-inf"))
@@ -236,8 +240,8 @@ def _consume(
             # for products but not across a loop, and would put all of the softmax after the next one.
             mbarrier.wait(v_full.index(value_stage), value_phase)
             accumulator = warpgroup_mma_wait(0, deps=[accumulator])
-            release(k_empty.index(key_stage))
-            release(v_empty.index(value_stage))
+            _release(k_empty.index(key_stage))
+            _release(v_empty.index(value_stage))
             accumulator = rescale_rows(accumulator, rescale, out_layout)
             weights_16 = gl.convert_layout(weights.to(out.dtype), weight_layout)
 
@@ -255,7 +259,7 @@ def _consume(
         lse_at = lse + head_of_all.to(gl.int64) * tokens + start
         gl.store(lse_at + rows, (row_max + gl.log2(sums)) * _LN_2, mask=rows < tokens - start)
         accumulator = warpgroup_mma_wait(0, deps=[accumulator])
-        release(v_empty.index(value_stage))
+        _release(v_empty.index(value_stage))
 
         result = accumulator * gl.convert_layout(1.0 / sums, out_row)[:, None]
         # Every warp has read its queries; none may still be writing the output of an earlier tile.
@@ -314,9 +318,9 @@ def block_sparse_attention_hopper(
         mbarrier.init(q_empty.index(slot), count=2)
     for stage in gl.static_range(STAGES):
         mbarrier.init(k_full.index(stage), count=1)
-        mbarrier.init(k_empty.index(stage), count=2 * RELEASES)
+        mbarrier.init(k_empty.index(stage), count=_RELEASES)
         mbarrier.init(v_full.index(stage), count=1)
-        mbarrier.init(v_empty.index(stage), count=2 * RELEASES)
+        mbarrier.init(v_empty.index(stage), count=_RELEASES)
     for consumer in gl.static_range(2):
         mbarrier.init(turns.index(consumer), count=1)
     fence_async_shared()

@@ -37,7 +37,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from haste_compile.errors import InputError
-from haste_compile.kernels.hopper_consumer import lane_sums, rescale_rows, times_rows
+from haste_compile.kernels.hopper_softmax import lane_sums, rescale_rows, times_rows
 from haste_compile.kernels.layout import Ctl
 from haste_compile.kernels.variable_block_attention.work_lists import SMALL_LAST, turns
 

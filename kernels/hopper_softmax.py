@@ -1,7 +1,4 @@
-"""What the consumers of Hopper's two attention kernels share, Gluon: buffers given back, the online softmax.
-
-* A buffer is given back by every thread for itself. One arrival a warp group needs all four warps together
-  first, twice a block; cp.async's arrival, which counts threads and here follows no copy, needs nobody.
+"""What the online softmax of Hopper's two attention kernels does in its own way, Gluon.
 
 * A row's four threads add up what they hold, each for itself, and put their sums together once, at the end.
 * A warp whose rows all keep their running maximum skips the rescaling of its outputs: a seventh of the loop's
@@ -15,10 +12,6 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
-
-#: Arrivals of a consumer at the barrier of a buffer that it gives back: one a thread.
-RELEASES = gl.constexpr(128)
 
 #: 64 numbers of a thread times the factors of its two rows, in turns of two; nothing where they are 1 in all
 #: of the warp. The branch is a warp's own, which Gluon has no word for.
@@ -30,12 +23,6 @@ _RESCALE = gl.constexpr(
     + " SKIP${:uid}: }"
 )
 _OPERANDS = gl.constexpr(",".join(["=f"] * 64 + [str(i) for i in range(64)] + ["f"] * 64))
-
-
-@gluon.jit
-def release(barrier):
-    """This thread's products have read the buffer."""
-    async_copy.mbarrier_arrive(barrier, increment_count=False)
 
 
 @gluon.jit
