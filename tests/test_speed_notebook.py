@@ -1,4 +1,4 @@
-"""The notebook's commands, and the README's benchmarks, are what the scripts take; figures are the records'."""
+"""The notebook's and the README's benchmark commands are what the scripts take; figures are the records'."""
 
 from __future__ import annotations
 
