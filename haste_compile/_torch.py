@@ -13,8 +13,10 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -27,7 +29,7 @@ from torch._dynamo.resume_execution import TORCH_DYNAMO_RESUME_IN_PREFIX
 from torch._dynamo.source import SyntheticLocalSource
 from torch._dynamo.utils import counters
 from torch._guards import TracingContext
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import guard_or_false, statically_known_true
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -168,6 +170,53 @@ def evaluate(node: fx.Node, known: Mapping[fx.Node, Any] | None = None) -> Any:
         return cast(Any, node.target)(*args, **kwargs)
 
 
+@dataclasses.dataclass(frozen=True)
+class Outline:
+    """A tensor without its numbers."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    offset: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, x: Tensor) -> Outline:
+        """Symbolic sizes count as those that the graph was traced with; adds no guard."""
+        shape, strides = (tuple(map(_traced_size, sizes)) for sizes in (x.shape, x.stride()))
+        return cls(shape, strides, _traced_size(x.storage_offset()), x.dtype, x.device)
+
+    def fake(self) -> Tensor:
+        """A fake tensor like it; under a fake mode."""
+        reach = sum(step * (size - 1) for step, size in zip(self.strides, self.shape, strict=True))
+        storage = torch.empty(self.offset + reach + 1, dtype=self.dtype, device=self.device)
+        return storage.as_strided(self.shape, self.strides, self.offset)
+
+
+@dataclasses.dataclass(frozen=True)
+class OutlinedCall:
+    """What a node calls, and with what, as an outline: calls of equal outlines do the same work."""
+
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: tuple[tuple[str, Any], ...]
+
+    @classmethod
+    def of(cls, node: fx.Node) -> OutlinedCall:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: Outline.of(fake_value(n)))
+        return cls(node.target, tuple(args), tuple(kwargs.items()))
+
+    def run(self, function: Callable[..., Any]) -> None:
+        """Call a function in the target's place with fake tensors; what it allocates is fake too."""
+        with torch.no_grad(), FakeTensorMode():
+            args, kwargs = tree_map_only(Outline, Outline.fake, (self.args, dict(self.kwargs)))
+            function(*args, **kwargs)
+
+
+def _traced_size(size: int | torch.SymInt) -> int:
+    return size if isinstance(size, int) else int(size.node.hint)
+
+
 def always(condition: bool | torch.SymBool) -> bool:
     """Whether a condition on sizes holds for every size the graph may serve; adds no guard."""
     return statically_known_true(condition)
@@ -305,6 +354,27 @@ class SizeReader:
         return int(
             size.node.expr.subs({symbol: args[position] for symbol, position in self._symbols.items()})
         )
+
+
+def compile_processes() -> int:
+    """Processes that Inductor compiles kernels in; 1: it does so in the one that calls."""
+    from torch._inductor import config
+
+    return config.compile_threads or 1
+
+
+def compile_elsewhere(function: Callable[..., Any], *args: Any) -> Future[Any]:
+    """Call an importable function in one of Inductor's processes; there is no GPU to be used there."""
+    from torch._inductor.async_compile import AsyncCompile
+
+    return AsyncCompile.process_pool().submit(function, *args)
+
+
+def name_triton_cache(device: torch.device) -> None:
+    """Name the folder of a device's Triton kernels, as Inductor does once it compiles its first."""
+    from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
+
+    os.environ.setdefault("TRITON_CACHE_DIR", triton_cache_dir(device.index or 0))
 
 
 InnerCompiler = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]

@@ -14,6 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from haste_compile import _torch
 from haste_compile.config import HasteConfig
 from haste_compile.errors import HasteError, StateError
+from haste_compile.kernel_compilation import compiling_kernels
 from haste_compile.passes import PassContext, PlaceholderBinding, StateInput, run_passes
 from haste_compile.passes.base import AttentionSite
 from haste_compile.report import GraphReport
@@ -109,10 +110,11 @@ def _compile(
         )
     dense: Callable[..., Any] | None = None
     host_tells = config.dense_steps > 0 and find_hook(example_inputs[anchor]) is not None
-    if host_tells and needs_dense_graph(context.rewritten[0].device):
-        dense = compile_inner(_torch.copy_graph(gm), list(example_inputs))
     fakes = [_torch.fake_value(node) for node in binding.nodes]
-    compiled = compile_inner(graph, [*example_inputs, *fakes])
+    with compiling_kernels(context):
+        if host_tells and needs_dense_graph(context.rewritten[0].device):
+            dense = compile_inner(_torch.copy_graph(gm), list(example_inputs))
+        compiled = compile_inner(graph, [*example_inputs, *fakes])
     return record.around(_StatefulGraph(compiled, dense, gm, context, binding.inputs, anchor), anchor)
 
 

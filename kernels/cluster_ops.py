@@ -14,6 +14,7 @@ from torch import Tensor
 
 import haste_compile.kernels.ops  # noqa: F401  (defines haste::refuse_gradient)
 from haste_compile.kernels.checks import bad_input, check_gate, check_heads, check_tensor, read_slot
+from haste_compile.kernels.launching import implement_on_cuda
 from haste_compile.kernels.layout import CTL_COLUMNS, Counter, Ctl
 
 __all__ = ["cluster_sparse_attention", "refresh_clusters_"]
@@ -366,9 +367,9 @@ def _check_state(q: Tensor, order: Tensor, offsets: Tensor, mask: Tensor, ctl: T
 
 
 torch.library.impl("haste::refresh_clusters_", "cpu", _refresh_cpu)
-torch.library.impl("haste::refresh_clusters_", "cuda", _refresh_cuda)
+implement_on_cuda("haste::refresh_clusters_", _refresh_cuda)
 torch.library.register_fake("haste::refresh_clusters_", _refresh_fake)
 torch.library.impl("haste::cluster_sparse_attention", "cpu", _attention_cpu)
-torch.library.impl("haste::cluster_sparse_attention", "cuda", _attention_cuda)
+implement_on_cuda("haste::cluster_sparse_attention", _attention_cuda)
 torch.library.register_fake("haste::cluster_sparse_attention", _attention_fake)
 torch.library.register_autograd("haste::cluster_sparse_attention", _attention_backward)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from haste_compile.errors import AutogradError
 from haste_compile.kernels.checks import bad_input, check_gate, check_heads, check_tensor, read_slot
+from haste_compile.kernels.launching import implement_on_cuda
 from haste_compile.kernels.layout import CTL_COLUMNS, Counter, Ctl
 
 __all__ = ["Counter", "Ctl", "block_sparse_attention", "refresh_mask_"]
@@ -327,10 +328,10 @@ def _check_state(q: Tensor, mask: Tensor, ctl: Tensor, block: int) -> None:
 
 
 torch.library.impl("haste::refresh_mask_", "cpu", _refresh_cpu)
-torch.library.impl("haste::refresh_mask_", "cuda", refresh_cuda)
+implement_on_cuda("haste::refresh_mask_", refresh_cuda)
 torch.library.register_fake("haste::refresh_mask_", _refresh_fake)
 torch.library.impl("haste::block_sparse_attention", "cpu", _attention_cpu)
-torch.library.impl("haste::block_sparse_attention", "cuda", _attention_cuda)
+implement_on_cuda("haste::block_sparse_attention", _attention_cuda)
 torch.library.register_fake("haste::block_sparse_attention", _attention_fake)
 torch.library.register_autograd("haste::block_sparse_attention", _attention_backward)
 torch.library.impl("haste::refuse_gradient", "CompositeExplicitAutograd", _refuse_gradient)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
 import pickle
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -440,3 +442,55 @@ def test_pointwise_operations_are_tagged():
         "__add__",
     ):
         assert not _torch.is_pointwise(name), name
+
+
+def test_an_outline_has_the_traced_sizes_and_adds_no_guard():
+    calls: list[_torch.OutlinedCall] = []
+
+    def backend(gm, inputs):
+        node = next(n for n in gm.graph.nodes if _torch.attention_call(n) is not None)
+        calls.append(_torch.OutlinedCall.of(node))
+        return gm.forward
+
+    torch._dynamo.reset()
+    model = torch.compile(toy({}), backend=backend, dynamic=True)
+    with torch.no_grad():
+        for count in (192, 320):
+            model(tokens(count))
+    (call,) = calls
+    query = call.args[0]
+    assert (query.shape[2], query.dtype, query.strides[3]) == (192, torch.float32, 1)
+
+    seen: list[Tensor] = []
+    call.run(lambda *args, **kwargs: seen.extend([*args, torch.empty(1 << 60)]))  # nothing is allocated
+    assert seen[0].shape == query.shape and seen[0].stride() == query.strides
+    assert call == _torch.OutlinedCall(call.target, call.args, call.kwargs) and hash(call)
+
+
+def test_an_outline_keeps_strides_and_offset():
+    x = torch.randn(4, 8, 16)[1:, ::2, 3:].transpose(0, 1)
+    seen: list[Tensor] = []
+    _torch.OutlinedCall("target", (_torch.Outline.of(x), 2), (("scale", 0.5),)).run(
+        lambda x, *_, **__: seen.append(x)
+    )
+    (fake,) = seen
+    assert (fake.shape, fake.stride(), fake.storage_offset()) == (x.shape, x.stride(), x.storage_offset())
+
+
+def test_inductor_has_processes_to_compile_in(monkeypatch: pytest.MonkeyPatch):
+    from torch._inductor import config
+
+    monkeypatch.setattr(config, "compile_threads", None)
+    assert _torch.compile_processes() == 1
+    monkeypatch.setattr(config, "compile_threads", 2)
+    assert _torch.compile_processes() == 2
+    assert _torch.compile_elsewhere(os.getpid).result(timeout=120) not in (os.getpid(), None)
+
+
+def test_triton_s_cache_is_where_inductor_puts_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    _torch.name_triton_cache(torch.device("cuda", 1))
+    assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "triton" / "1")
+    _torch.name_triton_cache(torch.device("cuda", 0))
+    assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "triton" / "1"), "what is named stays"

@@ -45,6 +45,7 @@ from haste_compile.kernels.block_mask import BlockMask
 from haste_compile.kernels.block_sparse_attention.kernel import check_inputs, tma_ready
 from haste_compile.kernels.block_sparse_attention.tail_order import TAIL, order_tail
 from haste_compile.kernels.hopper_softmax import lane_sums, rescale_rows, times_rows
+from haste_compile.kernels.launching import described, launchable
 
 #: Query tokens, and key tokens, of a tile.
 BLOCK = 128
@@ -430,7 +431,7 @@ def attend(
     schedule = schedule or Schedule()
     order, counter = order_tail(mask.counts, schedule.tail)
     programs = min(tiles, torch.cuda.get_device_properties(q.device).multi_processor_count)
-    block_sparse_attention_hopper[(programs,)](
+    launchable(block_sparse_attention_hopper)[(programs,)](
         _descriptor(q, BLOCK // 2), _descriptor(k, BLOCK), _descriptor(v, BLOCK),
         _descriptor(out, BLOCK // 2),
         lse, mask.counts, mask.indices, order, counter,
@@ -447,4 +448,4 @@ def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:
     # The stride along an axis of one element is free, and some views put there what TMA does not take.
     strides = [step if size > 1 else x.shape[-1] for step, size in zip(x.stride(), x.shape, strict=True)]
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
-    return TensorDescriptor(x, list(x.shape), [*strides[:3], 1], [1, 1, rows, x.shape[-1]], layout)
+    return TensorDescriptor(described(x), list(x.shape), [*strides[:3], 1], [1, 1, rows, x.shape[-1]], layout)

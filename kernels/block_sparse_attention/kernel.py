@@ -21,7 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from haste_compile.errors import InputError
 from haste_compile.kernels.block_mask import BlockMask
 from haste_compile.kernels.block_sparse_attention.launch import Launch, choose_launch
-from haste_compile.kernels.launching import launchable
+from haste_compile.kernels.launching import address, described, launchable
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
@@ -223,13 +223,13 @@ def _descriptor(x: Tensor, block: int) -> TensorDescriptor:
     """TMA descriptor of [B, H, N, D]; its third bound clips the ragged last block of every head alike."""
     # The stride along an axis of one element is free, and some views put there what TMA does not take.
     strides = [step if size > 1 else x.shape[-1] for step, size in zip(x.stride(), x.shape, strict=True)]
-    return TensorDescriptor(x, list(x.shape), [*strides[:3], 1], [1, 1, block, x.shape[-1]])
+    return TensorDescriptor(described(x), list(x.shape), [*strides[:3], 1], [1, 1, block, x.shape[-1]])
 
 
 def tma_ready(x: Tensor) -> bool:
     """Whether a TMA descriptor can describe x: address and strides of whole 16 bytes."""
     steps = (step for step, size in zip(x.stride()[:3], x.shape, strict=False) if size > 1)
-    return x.data_ptr() % 16 == 0 and all(step * x.element_size() % 16 == 0 for step in steps)
+    return address(x) % 16 == 0 and all(step * x.element_size() % 16 == 0 for step in steps)
 
 
 def check_inputs(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, block: int, scale: float) -> None:

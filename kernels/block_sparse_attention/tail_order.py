@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from haste_compile.kernels.launching import launchable
+
 #: Tiles that go by length, at most.
 TAIL = 1024
 #: Tiles that one program ranks.
@@ -60,6 +62,8 @@ def order_tail(counts: Tensor, tail: int) -> tuple[Tensor, Tensor]:
         counter = counts.new_zeros(1)
         return counter, counter
     made = counts.new_empty(tail + 1)
-    order, counter = made[:tail], made[tail:]
-    tail_order_kernel[(tail // PART,)](counts, order, counter, counts.numel(), TAIL=tail, PART=PART)
+    order, counter = made.split((tail, 1))
+    launchable(tail_order_kernel)[(tail // PART,)](
+        counts, order, counter, counts.numel(), TAIL=tail, PART=PART
+    )
     return order, counter

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from haste_compile.kernels.launching import launchable
 from haste_compile.kernels.layout import COUNTER_COLUMNS, Counter, Ctl
 
 _SLOT = tl.constexpr(int(Ctl.SLOT))
@@ -134,12 +135,12 @@ def select_(
     k_clusters, dim = centroids.shape[3] - q_clusters, centroids.shape[4]
     logits = torch.empty(batch * heads, q_clusters, k_clusters, dtype=torch.float32, device=mask.device)
     tile = LOGITS_TILE
-    logits_kernel[(triton.cdiv(q_clusters, tile), triton.cdiv(k_clusters, tile), batch * heads)](
+    launchable(logits_kernel)[(triton.cdiv(q_clusters, tile), triton.cdiv(k_clusters, tile), batch * heads)](
         centroids, flags, ctl, logits, q_clusters, k_clusters, scale * math.log2(math.e),
         D=dim, FEATURES=32, ROWS=tile, COLUMNS=tile, num_warps=8,
     )  # fmt: skip
     padded = max(32, triton.next_power_of_2(k_clusters))
-    select_kernel[(q_clusters, batch * heads)](
+    launchable(select_kernel)[(q_clusters, batch * heads)](
         logits, offsets, top_p, flags, ctl, mask, counters, heads, q_clusters, k_clusters, words, least,
         CLUSTERS=padded, num_warps=choose_warps(padded),
     )  # fmt: skip

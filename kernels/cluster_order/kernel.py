@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from haste_compile.kernels.launching import launchable
 from haste_compile.kernels.layout import Ctl
 
 _SLOT = tl.constexpr(int(Ctl.SLOT))
@@ -105,11 +106,11 @@ def sort_(
     padded = pad_clusters(max(q_clusters, k_clusters))
     table = torch.empty(batch, heads, 2, chunks, padded, dtype=torch.int32, device=labels.device)
     grid = (chunks, batch * heads, 2)
-    count_kernel[grid](labels, flags, table, tokens, CHUNK=CHUNK, CLUSTERS=padded, num_warps=4)
-    begin_kernel[(batch * heads, 2)](
+    launchable(count_kernel)[grid](labels, flags, table, tokens, CHUNK=CHUNK, CLUSTERS=padded, num_warps=4)
+    launchable(begin_kernel)[(batch * heads, 2)](
         table, flags, ctl, offsets, chunks, q_clusters, k_clusters, CLUSTERS=padded, num_warps=4
     )
-    place_kernel[grid](
+    launchable(place_kernel)[grid](
         labels, flags, ctl, table, order, tokens, CHUNK=CHUNK, TILE=TILE, CLUSTERS=padded, num_warps=8
     )
 

@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from haste_compile.kernels.kmeans.launch import Tiles, choose_tiles, fold_steps
+from haste_compile.kernels.launching import launchable
 from haste_compile.kernels.layout import COUNTER_COLUMNS, Counter, Ctl
 
 _SLOT = tl.constexpr(int(Ctl.SLOT))
@@ -440,7 +441,7 @@ def cluster_(
     norms = torch.empty(places, dtype=torch.float32, device=q.device)
     sizes = torch.empty(places, dtype=torch.int32, device=q.device)
     table = torch.empty(rows, 2, chunks, buckets, dtype=torch.int32, device=q.device)
-    cluster_kernel[(_programs(q.device, tiles.programs),)](
+    launchable(cluster_kernel)[(_programs(q.device, tiles.programs),)](
         q, k, flags, ctl, counters, progress, centroids, rounded, norms, labels, table,
         torch.empty_like(labels), sizes, order, offsets, *q.stride()[:3], *k.stride()[:3],
         heads, rows, tokens, chunks, q_clusters, k_clusters, first_iterations, iterations, tolerance**2,

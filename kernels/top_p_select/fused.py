@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from haste_compile.kernels.block_scores.kernel import group_lses
+from haste_compile.kernels.launching import launchable
 from haste_compile.kernels.top_p_select.kernel import choose_warps, select_row
 
 
@@ -64,7 +65,7 @@ def score_and_select_(
     blocks = triton.cdiv(tokens, block)
     padded = max(32, triton.next_power_of_2(blocks))
     for lse, first, present in group_lses(q, k, flags, block=block, stride=stride):
-        select_from_lse_kernel[(blocks, present)](
+        launchable(select_from_lse_kernel)[(blocks, present)](
             lse, top_p, flags, ctl, mask, counters, first, batch * heads, heads, tokens, mask.shape[-1],
             STRIDE=stride, PER_BLOCK=block // stride, BLOCK=block, BLOCKS=padded,
             num_warps=choose_warps(padded),

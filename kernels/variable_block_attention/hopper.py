@@ -38,6 +38,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from haste_compile.errors import InputError
 from haste_compile.kernels.hopper_softmax import lane_sums, rescale_rows, times_rows
+from haste_compile.kernels.launching import address, launchable
 from haste_compile.kernels.layout import Ctl
 from haste_compile.kernels.variable_block_attention.work_lists import SMALL_LAST, turns
 
@@ -452,7 +453,7 @@ def attend(
         order, offsets, mask, ctl, rows=BLOCK, workspace=schedule.workspace, small_last=schedule.small_last
     ):
         row_tiles = turn.heads * turn.most
-        variable_block_attention_hopper[(min(row_tiles, processors),)](
+        launchable(variable_block_attention_hopper)[(min(row_tiles, processors),)](
             q, k, v, out, lse, order, ctl, turn.tiles, turn.counts, turn.lists, order.new_zeros(1),
             *_strides(q), *_strides(k), *_strides(v), *_strides(out),
             turn.first, batch * heads, heads, tokens, mask.shape[3], turn.most, row_tiles, scale,
@@ -470,5 +471,5 @@ def _strides(x: Tensor) -> list[int]:
 def _copied_whole(x: Tensor) -> bool:
     """Whether 16 bytes at a time can be copied, and 32 bits count the elements of a head."""
     steps = _strides(x)
-    aligned = x.is_meta or x.data_ptr() % 16 == 0
+    aligned = address(x) % 16 == 0
     return aligned and x.stride(-1) == 1 and all(s % 16 == 0 for s in steps) and x.shape[2] * steps[2] < 2**31

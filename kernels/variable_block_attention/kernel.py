@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from haste_compile.kernels.launching import launchable
 from haste_compile.kernels.layout import Ctl
 from haste_compile.kernels.variable_block_attention.launch import Launch, choose_launch
 from haste_compile.kernels.variable_block_attention.work_lists import turns
@@ -128,7 +129,7 @@ def attend(
     out = torch.empty_like(q)
     lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     for turn in turns(order, offsets, mask, ctl, rows=launch.rows):
-        variable_block_attention_kernel[(turn.most, turn.heads)](
+        launchable(variable_block_attention_kernel)[(turn.most, turn.heads)](
             q, k, v, out, lse, order, ctl, turn.tiles, turn.counts, turn.lists,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
             turn.first, batch * heads, heads, tokens, q_clusters, turn.most, scale,

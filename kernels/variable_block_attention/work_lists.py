@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from haste_compile.kernels.launching import launchable
 from haste_compile.kernels.layout import Ctl
 
 _SLOT = tl.constexpr(int(Ctl.SLOT))
@@ -166,11 +167,11 @@ def turns(
     ends = torch.empty(turn, q_clusters, 2, k_padded, dtype=torch.int32, device=order.device)
     for first in range(0, all_heads, turn):
         present = min(turn, all_heads - first)
-        row_tiles_kernel[(present,)](
+        launchable(row_tiles_kernel)[(present,)](
             offsets, ctl, tiles, first, all_heads, tokens, q_clusters, k_clusters, most,
             ROWS=rows, CLUSTERS=padded, SMALL_LAST=int(small_last), num_warps=4,
         )  # fmt: skip
-        found_lists_kernel[(q_clusters, present)](
+        launchable(found_lists_kernel)[(q_clusters, present)](
             order, offsets, mask, ctl, counts, lists, ends,
             first, all_heads, tokens, q_clusters, k_clusters, words,
             CLUSTERS=k_padded, HALVINGS=k_padded.bit_length() - 1, TILE=FOUND_TILE, num_warps=4,
