@@ -14,16 +14,13 @@ import contextlib
 import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
 from haste_compile import _torch
 from haste_compile.kernels.launching import ON_CUDA, NotedLaunch, noted_launches
 from haste_compile.passes import PassContext
-
-if TYPE_CHECKING:
-    from haste_compile.kernels.ahead import Compilation
 
 logger = logging.getLogger(__name__)
 
@@ -35,48 +32,46 @@ def compiling_kernels(context: PassContext) -> Iterator[None]:
     Does nothing off CUDA, and where Inductor compiles nothing or is told to do so in one process.
     """
     device = context.rewritten[0].device
-    wanted: list[Compilation] = []
+    kernels: dict[Any, list[NotedLaunch]] = {}
     if device.type == "cuda" and context.config.inner == "inductor" and _torch.compile_processes() > 1:
         try:
-            wanted = _put_off(_launches(context), device)
+            kernels = _launches_by_kernel(context)
+            _torch.name_triton_cache(device)
         except Exception as error:
             logger.debug("haste: kernels compile at their first launch: %r", error)
-    if not wanted:
+    if not kernels:
         yield
         return
-    with ThreadPoolExecutor(len(wanted), "haste-kernels") as threads:
-        for compilation in wanted:
-            threads.submit(_load, compilation, device)
+    with ThreadPoolExecutor(len(kernels), "haste-kernels") as threads:
+        # What takes longest comes first: attention, the last launch.
+        for launches in reversed(kernels.values()):
+            threads.submit(_have, launches, device)
         yield
 
 
-def _launches(context: PassContext) -> list[NotedLaunch]:
+def _launches_by_kernel(context: PassContext) -> dict[Any, list[NotedLaunch]]:
     """All launches of the sites' ops; of ops called alike only once."""
     nodes = [node for site in context.rewritten for node in site.inserted if node.target in ON_CUDA]
     with noted_launches() as launches:
         for call in dict.fromkeys(map(_torch.OutlinedCall.of, nodes)):
             call.run(ON_CUDA[call.target])
-    return launches
+    found: dict[Any, list[NotedLaunch]] = {}
+    for launch in launches:
+        found.setdefault(launch.kernel, []).append(launch)
+    return found
 
 
-def _put_off(launches: list[NotedLaunch], device: torch.device) -> list[Compilation]:
-    """What this process has not compiled yet. What takes longest comes first: attention, the last launch."""
-    from haste_compile.kernels.ahead import put_off  # needs Triton
-
-    _torch.name_triton_cache(device)
-    with torch.cuda.device(device):
-        found = [put_off(launch) for launch in reversed(launches)]
-    return list({compilation.order: compilation for compilation in found if compilation}.values())
-
-
-def _load(compilation: Compilation, device: torch.device) -> None:
-    """Have the kernel compiled in another process, unless the disk has it, and load it."""
-    from haste_compile.kernels.ahead import compile_order
+def _have(launches: list[NotedLaunch], device: torch.device) -> None:
+    """Have a kernel on the device, compiled in another process unless the disk has it."""
+    from haste_compile.kernels import ahead  # needs Triton
 
     try:
-        if not compilation.on_disk:
-            _torch.compile_elsewhere(compile_order, compilation.order).result()
         with torch.cuda.device(device):
-            compilation.load()
+            for launch in launches:
+                compilation = ahead.put_off(launch)
+                if compilation is not None:
+                    if not compilation.on_disk:
+                        _torch.compile_elsewhere(ahead.compile_order, compilation.order).result()
+                    compilation.load()
     except Exception as error:
-        logger.debug("haste: %s compiles at its first launch: %r", compilation.order.name, error)
+        logger.debug("haste: %s compiles at its first launch: %r", launches[0].kernel, error)

@@ -6,21 +6,25 @@ the text that Triton has for this. Any other one compiles that (``JITFunction.pr
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas_version
 from triton.runtime import driver
 from triton.runtime.cache import get_cache_manager
 
 from haste_compile.kernels.launching import NotedLaunch
+
+_one_hook = threading.Lock()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +46,7 @@ class Order:
 
 
 class Compilation:
-    """A compilation that was put off; Triton's own launches wait for its result.
+    """A compilation that was put off; a launch that comes before ``load`` makes up for it.
 
     Attributes:
         order: for another process.
@@ -63,6 +67,9 @@ class Compilation:
                 self._kernel = self._compile()
                 self._finalize(self._kernel)
             return self._kernel
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.result(), name)  # for Triton's launches, from 3.7 on
 
     def load(self) -> None:
         """Have the kernel on the current device, with the code that launches it."""
@@ -85,7 +92,7 @@ def put_off(launch: NotedLaunch) -> Compilation | None:
                 function.__name__,
                 described[0],
                 (target.backend, target.arch, target.warp_size),
-                {name: value for name, value in os.environ.items() if name.startswith("TRITON_")},
+                _variables(),
             )
             found.append(Compilation(order, _on_disk(key, function.__name__), compile, finalize))
             return found[0]
@@ -95,22 +102,51 @@ def put_off(launch: NotedLaunch) -> Compilation | None:
             described.append(seen["compile"]["specialization_data"])
         return bool(others and others(**seen))
 
-    with knobs.runtime.scope(), PuttingOff(None):
+    with _one_hook, PuttingOff(None):
         others = knobs.runtime.jit_cache_hook
         knobs.runtime.jit_cache_hook = describe
-        launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.options)
+        try:
+            launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.options)
+        finally:
+            knobs.runtime.jit_cache_hook = others
     return found[0] if found else None
 
 
 def compile_order(order: Order) -> None:
     """Compile it in this process, which has no GPU or leaves it alone, into the cache on disk."""
-    os.environ.update(order.environment)
     before = driver._active  # reset_active() would look for a GPU
-    driver.set_active(_Elsewhere(GPUTarget(*order.target)))
+    with _environment(order.environment):
+        driver.set_active(_Elsewhere(GPUTarget(*order.target)))
+        try:
+            getattr(importlib.import_module(order.module), order.name).preload(order.specialization)
+        finally:
+            driver._active = before
+
+
+def _variables() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name.startswith("TRITON_")}
+
+
+@contextlib.contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Have these variables of Triton's and no others, while the context lasts.
+
+    Inductor's processes take the ptxas of PyTorch where it has one, ours may not. The version is part of the
+    name that a kernel has on disk, and Triton looks it up once.
+    """
+
+    def change(to: Mapping[str, str]) -> None:
+        for name in _variables().keys() - to.keys():
+            del os.environ[name]
+        os.environ.update(to)
+        get_ptxas_version.cache_clear()
+
+    before = _variables()
+    change(variables)
     try:
-        getattr(importlib.import_module(order.module), order.name).preload(order.specialization)
+        yield
     finally:
-        driver._active = before
+        change(before)
 
 
 def _on_disk(key: str, name: str) -> bool:

@@ -78,6 +78,27 @@ assert all(ahead.put_off(launch).on_disk for launch in launches)
 print(json.dumps({"ahead": heard, "launches": gpu_stand_in.launches}))
 """
 
+_BROKEN = """
+from haste_compile import _torch
+
+def broken(*_):
+    raise RuntimeError("no other process")
+
+_torch.compile_elsewhere = broken
+"""
+
+#: Inductor's processes begin with a ptxas of their own, as they do where PyTorch brings one.
+_OTHER_PTXAS = """
+import os
+from torch._inductor import config
+from triton.backends.nvidia.compiler import get_ptxas_version
+from haste_compile import _torch
+os.environ["TRITON_PTXAS_PATH"] = sys.argv[3]
+versions = lambda: {_torch.compile_elsewhere(get_ptxas_version, 90).result() for _ in range(8)}
+assert all("release 99.9" in version for version in versions())
+del os.environ["TRITON_PTXAS_PATH"]
+"""
+
 _ON_A_GPU = """
 import haste_compile, tiny_wan
 transformer = tiny_wan.build_transformer(num_attention_heads=2, attention_head_dim=128)
@@ -125,6 +146,22 @@ def test_hoppers_kernel_is_compiled_ahead_and_found_on_disk_later(tmp_path: Path
     found = run(_HOPPER, tmp_path)
     assert ["block_sparse_attention_hopper", True] in found["ahead"]
     assert all(on_disk for _, on_disk in found["ahead"]) and found["launches"] == []
+
+
+def test_what_no_other_process_compiles_is_compiled_by_its_launch(tmp_path: Path) -> None:
+    found = run(_BROKEN + _STAND_IN, tmp_path, "xattention")
+    assert found["ahead"] == []
+    assert sorted(name for name, _ in found["heard"]) == sorted(found["launches"])
+    assert not any(on_disk for _, on_disk in found["heard"])
+
+
+def test_another_ptxas_in_the_other_processes_is_not_taken(tmp_path: Path) -> None:
+    ptxas = tmp_path / "ptxas"
+    ptxas.write_text("#!/bin/sh\necho Cuda compilation tools, release 99.9, V99.9.9\n")
+    ptxas.chmod(0o755)
+    after = "\nassert all('release 99.9' in version for version in versions()), 'Inductor has its own again'"
+    found = run(_OTHER_PTXAS + _STAND_IN + after, tmp_path, "xattention", str(ptxas))
+    assert len(found["ahead"]) >= 5 and all(on_disk for _, on_disk in found["ahead"])
 
 
 @pytest.mark.gpu
