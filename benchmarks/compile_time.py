@@ -128,33 +128,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     import torch
 
+    facts = {
+        "device": options.device,
+        "gpu": torch.cuda.get_device_name() if options.device == "cuda" else None,
+        "torch": torch.__version__,
+        "date": datetime.date.today().isoformat(),
+        "layers": options.layers,
+        "heads": options.heads,
+        "head_dim": options.dim,
+        "latents": SIZES[options.tokens],
+        "threads": options.threads,
+    }
     given = list(sys.argv[1:] if arguments is None else arguments)
-    rows = []
+    rows: dict[str, dict[str, Any]] = {}
     for how in options.compile:
         times: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
         for turn in range(options.rounds):
             for side in SIDES if turn % 2 == 0 else SIDES[::-1]:
                 times[side].append(in_fresh_process(side, how, options.threads, given))
-        rows.append(summarise(how, times))
-        print(
-            f"{how:<7} dense {rows[-1]['dense_cpu_s']:.1f} s, haste {rows[-1]['haste_cpu_s']:.1f} s CPU "
-            f"({rows[-1]['cpu_ratio']:.2f}×; wall {rows[-1]['wall_ratio']:.2f}×)",
-            flush=True,
-        )
-    if options.json is not None:
-        facts = {
-            "device": options.device,
-            "gpu": torch.cuda.get_device_name() if options.device == "cuda" else None,
-            "torch": torch.__version__,
-            "date": datetime.date.today().isoformat(),
-            "layers": options.layers,
-            "heads": options.heads,
-            "head_dim": options.dim,
-            "latents": SIZES[options.tokens],
-            "rounds": options.rounds,
-            "threads": options.threads,
-        }
-        options.json.write_text(json.dumps({"environment": facts, "rows": rows}, indent=2) + "\n")
+            rows[how] = row = summarise(how, times)
+            print(
+                f"{how:<7} round {turn + 1}: dense {row['dense_wall_s']:.1f} s, haste "
+                f"{row['haste_wall_s']:.1f} s ({row['wall_ratio']:.2f}×; CPU {row['cpu_ratio']:.2f}×)",
+                flush=True,
+            )
+            if options.json is not None:  # at once: the next round may be cut off
+                record = {"environment": facts, "rows": list(rows.values())}
+                options.json.write_text(json.dumps(record, indent=2) + "\n")
     return 0
 
 

@@ -16,7 +16,6 @@ import functools
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -363,11 +362,11 @@ def compile_processes() -> int:
     return config.compile_threads or 1
 
 
-def compile_elsewhere(function: Callable[..., Any], *args: Any) -> Future[Any]:
-    """Call an importable function in one of Inductor's processes; there is no GPU to be used there."""
+def compile_pool() -> Any:
+    """Inductor's processes, with ``submit``; they leave GPUs alone. To be asked for by one thread at a time."""
     from torch._inductor.async_compile import AsyncCompile
 
-    return AsyncCompile.process_pool().submit(function, *args)
+    return AsyncCompile.process_pool()
 
 
 def name_triton_cache(device: torch.device) -> None:

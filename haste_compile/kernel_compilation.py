@@ -32,11 +32,12 @@ def compiling_kernels(context: PassContext) -> Iterator[None]:
     Does nothing off CUDA, and where Inductor compiles nothing or is told to do so in one process.
     """
     device = context.rewritten[0].device
-    kernels: dict[Any, list[NotedLaunch]] = {}
+    pool, kernels = None, {}
     if device.type == "cuda" and context.config.inner == "inductor" and _torch.compile_processes() > 1:
         try:
-            kernels = _launches_by_kernel(context)
+            pool = _torch.compile_pool()
             _torch.name_triton_cache(device)
+            kernels = _launches_by_kernel(context)
         except Exception as error:
             logger.debug("haste: kernels compile at their first launch: %r", error)
     if not kernels:
@@ -45,7 +46,7 @@ def compiling_kernels(context: PassContext) -> Iterator[None]:
     with ThreadPoolExecutor(len(kernels), "haste-kernels") as threads:
         # What takes longest comes first: attention, the last launch.
         for launches in reversed(kernels.values()):
-            threads.submit(_have, launches, device)
+            threads.submit(_have, launches, pool, device)
         yield
 
 
@@ -61,7 +62,7 @@ def _launches_by_kernel(context: PassContext) -> dict[Any, list[NotedLaunch]]:
     return found
 
 
-def _have(launches: list[NotedLaunch], device: torch.device) -> None:
+def _have(launches: list[NotedLaunch], pool: Any, device: torch.device) -> None:
     """Have a kernel on the device, compiled in another process unless the disk has it."""
     from haste_compile.kernels import ahead  # needs Triton
 
@@ -71,7 +72,7 @@ def _have(launches: list[NotedLaunch], device: torch.device) -> None:
                 compilation = ahead.put_off(launch)
                 if compilation is not None:
                     if not compilation.on_disk:
-                        _torch.compile_elsewhere(ahead.compile_order, compilation.order).result()
+                        pool.submit(ahead.compile_order, compilation.order).result()
                     compilation.load()
     except Exception as error:
         logger.debug("haste: %s compiles at its first launch: %r", launches[0].kernel, error)

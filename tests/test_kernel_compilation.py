@@ -67,7 +67,8 @@ with noted_launches() as launches:
     attention.run(ON_CUDA[attention.target])
 put_off = [ahead.put_off(launch) for launch in launches]
 assert not any(compilation.on_disk for compilation in put_off)
-for done in [_torch.compile_elsewhere(ahead.compile_order, compilation.order) for compilation in put_off]:
+pool = _torch.compile_pool()
+for done in [pool.submit(ahead.compile_order, compilation.order) for compilation in put_off]:
     done.result()
 for compilation in put_off:
     compilation.load()
@@ -81,10 +82,11 @@ print(json.dumps({"ahead": heard, "launches": gpu_stand_in.launches}))
 _BROKEN = """
 from haste_compile import _torch
 
-def broken(*_):
-    raise RuntimeError("no other process")
+class Broken:
+    def submit(self, *_):
+        raise RuntimeError("no other process")
 
-_torch.compile_elsewhere = broken
+_torch.compile_pool = Broken
 """
 
 #: Inductor's processes begin with a ptxas of their own, as they do where PyTorch brings one.
@@ -94,7 +96,7 @@ from torch._inductor import config
 from triton.backends.nvidia.compiler import get_ptxas_version
 from haste_compile import _torch
 os.environ["TRITON_PTXAS_PATH"] = sys.argv[3]
-versions = lambda: {_torch.compile_elsewhere(get_ptxas_version, 90).result() for _ in range(8)}
+versions = lambda: {_torch.compile_pool().submit(get_ptxas_version, 90).result() for _ in range(8)}
 assert all("release 99.9" in version for version in versions())
 del os.environ["TRITON_PTXAS_PATH"]
 """
