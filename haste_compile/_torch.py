@@ -363,7 +363,7 @@ def compile_processes() -> int:
 
 
 def compile_pool() -> Any:
-    """Inductor's processes, with ``submit``; they leave GPUs alone. To be asked for by one thread at a time."""
+    """Inductor's processes, with ``submit``; they leave GPUs alone. One thread at a time may ask."""
     from torch._inductor.async_compile import AsyncCompile
 
     return AsyncCompile.process_pool()
