@@ -92,7 +92,7 @@ def put_off(launch: NotedLaunch) -> Compilation | None:
                 function.__name__,
                 described[0],
                 (target.backend, target.arch, target.warp_size),
-                _variables(),
+                {**_variables(), "TRITON_MOCK_PTX_VERSION": get_ptxas_version(target.arch)},
             )
             found.append(Compilation(order, _on_disk(key, function.__name__), compile, finalize))
             return found[0]
@@ -131,8 +131,8 @@ def _variables() -> dict[str, str]:
 def _environment(variables: Mapping[str, str]) -> Iterator[None]:
     """Have these variables of Triton's and no others, while the context lasts.
 
-    Inductor's processes take the ptxas of PyTorch where it has one, ours may not. The version is part of the
-    name that a kernel has on disk, and Triton looks it up once.
+    The version of ptxas is part of the name that a kernel has on disk. Triton asks for it once, and Inductor
+    changes over to PyTorch's ptxas before that or after; so the process that launches tells what it was told.
     """
 
     def change(to: Mapping[str, str]) -> None:
