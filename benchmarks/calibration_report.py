@@ -40,7 +40,7 @@ RECORDS = {
     ),
     "cost-14b-720p": (
         "calibration-cost-14b-720p.json",
-        "python -m benchmarks.calibration_cost --model 14b --blocks 4",
+        "python -m benchmarks.calibration_cost --model 14b",
     ),
 }
 

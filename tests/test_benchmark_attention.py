@@ -285,13 +285,13 @@ def test_the_readme_gives_the_recorded_forwards() -> None:
 
 def test_the_readme_compares_uneven_rows() -> None:
     readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    flash, ours = (
-        [
-            row["milliseconds"]
-            for row in _record("attention-masks")["rows"]
-            if (row["what"], row["mask"]) == (what, "uneven")
-        ]
-        for what in ("FlashAttention-4 sparse", "haste kernel")
-    )
-    few, many = (a / b for a, b in zip(flash, ours, strict=True))
-    assert f"{few:.2f}× and {many:.2f}× FlashAttention-4's at 32,760 and 75,600 tokens" in readme
+    rows = {
+        (row["tokens"], row["mask"]): row
+        for row in _record("attention-masks")["rows"]
+        if row["what"] == "haste kernel"
+    }
+    more = [100 * (rows[n, "even"]["tflops"] / rows[n, "uneven"]["tflops"] - 1) for n in (32760, 75600)]
+    text = f"a pair costs {-more[0]:.0f} % less at 32,760 tokens and {more[1]:.0f} % more at 75,600"
+    assert text in readme
+    ratios = ["{:.3f}× [{:.3f}, {:.3f}]".format(*rows[n, "uneven"]["over_flash"]) for n in (32760, 75600)]
+    assert "it is {} and {} FlashAttention-4 there".format(*ratios) in readme

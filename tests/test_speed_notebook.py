@@ -136,7 +136,7 @@ def test_refresh_and_reuse_are_the_recorded_ones() -> None:
 
 
 def test_the_tail_s_gains_are_the_recorded_ones() -> None:
-    rows = _record("attention-masks", "h200")["rows"]
+    rows = _record("attention-tail", "h200")["rows"]
 
     def gain(tokens: int, mask: str) -> str:
         without, *ours = (
