@@ -181,47 +181,9 @@ def predict(
         "refresh_mask_, every head rebuilds": lambda: refresh(forced),
         "refresh_mask_, every head reuses": lambda: refresh(cached["ctl"]),
     }
-    if variants:
-        paths |= predictor_forms(problem, cached, top_p)
     calls: dict[str, Call] = {name: captured(path)[0] if replay else path for name, path in paths.items()}
     times = measure(calls, rounds)
     return [row(name, problem, times[name]) for name in calls]
-
-
-def predictor_forms(
-    problem: Problem, cached: dict[str, Tensor], top_p: Tensor
-) -> dict[str, Callable[[], Tensor]]:
-    """Scores and masks of all heads by the kernels that the ops use, and by those that would replace them.
-
-    Raises:
-        WrongResultError: their masks differ in more than one word of a hundred.
-    """
-    from haste_compile.kernels.block_scores.kernel import block_scores
-    from haste_compile.kernels.top_p_select.fused import score_and_select_
-    from haste_compile.kernels.top_p_select.kernel import select_
-
-    q, k, ctl = problem.q, problem.k, cached["ctl"]
-    mask, counters = cached["mask"].clone(), cached["counters"].clone()
-    flags = torch.ones(1, problem.heads, dtype=torch.int32, device=q.device)
-
-    def apart() -> Tensor:
-        scores = block_scores(q, k, flags, block=BLOCK, stride=STRIDE)
-        select_(scores, top_p, flags, ctl, mask, counters, tokens=problem.tokens, block=BLOCK)
-        return mask
-
-    def fused() -> Tensor:
-        score_and_select_(q, k, top_p, flags, ctl, mask, counters, block=BLOCK, stride=STRIDE)
-        return mask
-
-    differing = (apart().clone() != fused()).float().mean().item()
-    if differing > 0.01:
-        raise WrongResultError(
-            found=f"{differing:.1%} of the words otherwise",
-            wanted="at most 1%: rounding at the threshold",
-            where="score_and_select_",
-            fix="Run the tests marked gpu.",
-        )
-    return {"scores and top-p, two kernels": apart, "scores and top-p, fused": fused}
 
 
 def launches(problem: Problem, left_out: dict[str, str]) -> list[Side]:

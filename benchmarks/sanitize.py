@@ -38,7 +38,6 @@ def cases(device: str) -> dict[str, Callable[[], object]]:
     """Every kernel, by way of the op or the function that launches it."""
     import haste_compile.kernels.ops  # noqa: F401  defines torch.ops.haste
     from haste_compile.kernels.block_sparse_attention.variants import VARIANTS
-    from haste_compile.kernels.top_p_select.fused import score_and_select_
 
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     generator = torch.Generator().manual_seed(0)
@@ -74,10 +73,6 @@ def cases(device: str) -> dict[str, Callable[[], object]]:
         "attention op, dense step": lambda: attention(dense),
     }
     if device == "cuda":
-        flags = torch.ones(1, HEADS, dtype=torch.int32, device=device)
-        found["top-p, fused"] = lambda: score_and_select_(
-            q, k, top_p, flags, cached["ctl"], cached["mask"], cached["counters"], block=BLOCK, stride=16
-        )
         for name, variant in VARIANTS.items():
             if variant.refuses(torch.cuda.get_device_capability(), BLOCK) is None:
                 found[f"attention, {name}"] = lambda variant=variant: variant.attend(

@@ -113,7 +113,7 @@ KINDS = (
     ("sparse attention", r"block_sparse_attention"),
     ("refresh: means", r"chunk_sums_kernel|combine_kernel"),
     ("refresh: gate", r"decide_kernel"),
-    ("refresh: scores", r"group_lse_kernel|normalise_kernel"),
+    ("refresh: scores", r"group_lse_kernel"),
     ("refresh: top-p", r"select_kernel"),
     ("expansion", r"expand_kernel"),
     ("dense attention", r"cudnn.*(sdpa|fprop|attention)|flash|fmha|mha_|sdpa"),

@@ -1,8 +1,8 @@
 """Our kernels are compiled in Inductor's processes while Inductor works on the rest of the graph.
 
-Ten kernels take a machine that has not seen them as long as Inductor takes for a transformer block. What they
-are specialised on is known once the graph is rewritten: each op's implementation is walked with fake tensors,
-and what it would launch is compiled elsewhere, into Triton's cache on disk. (Threads were not enough: a
+On a machine that has not seen them they take as long as Inductor takes for a transformer block. What they are
+specialised on is known once the graph is rewritten: each op's implementation is walked with fake tensors, and
+what it would launch is compiled elsewhere, into Triton's cache on disk. (Threads were not enough: a
 compilation holds Python's lock for half of its time.)
 
 Nothing depends on it: a kernel that is not there compiles at its first launch, and tells its errors there.

@@ -190,7 +190,6 @@ def refresh_cuda(
 ) -> None:
     """The CUDA implementation; a public name because ``kernels.traced`` traces it."""
     _check_refresh(q, k, top_p, delta, ctl, mask, anchors, counters, block, stride, reuse, interval)
-    from haste_compile.kernels.block_scores import kernel as block_scores
     from haste_compile.kernels.drift_gate import kernel as drift_gate
     from haste_compile.kernels.token_means import kernel as token_means
     from haste_compile.kernels.top_p_select import kernel as top_p_select
@@ -210,8 +209,7 @@ def refresh_cuda(
             gate_high=gate_high,
             relative=relative,
         )
-        scores = block_scores.block_scores(q, k, flags, block=block, stride=stride)
-        top_p_select.select_(scores, top_p, flags, ctl, mask, counters, tokens=q.shape[2], block=block)
+        top_p_select.select_(q, k, top_p, flags, ctl, mask, counters, block=block, stride=stride)
 
 
 def _attention_cpu(

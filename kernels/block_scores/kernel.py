@@ -1,9 +1,9 @@
-"""Antidiagonal block scores, Triton: a GEMM over token groups, one number kept a (query group, key block).
+"""What antidiagonal block scores are made of, Triton: a GEMM, one number for a query group and a key block.
 
 Reversing the tokens of a query group turns the sum of an antidiagonal into an ordinary inner product of
 length s·D, so all of it is one GEMM of [N/s, s·D] by [s·D, N/s]. Its [N/s, N/s] result never reaches memory:
-each tile is reduced to a log-sum-exp over the groups of every key block, N²/(s·block) numbers, from which a
-second kernel normalises the rows and sums the groups of a query block. Programs of heads whose flag is 0
+each tile is reduced to a log-sum-exp over the groups of every key block, N²/(s·block) numbers, from which
+``top_p_select`` normalises the rows and sums the groups of a query block. Programs of heads whose flag is 0
 leave at once.
 """
 
@@ -118,70 +118,15 @@ def group_lse_kernel(
     )
 
 
-@triton.jit(do_not_specialize=["first"])
-def normalise_kernel(
-    lse, flags, scores, first, tokens,
-    STRIDE: tl.constexpr, PER_BLOCK: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """Grid (query blocks, heads of this turn): softmax over the row of every group, summed over the block."""
-    head = first + tl.program_id(1)
-    if tl.load(flags + head) == 0:
-        return
-    groups = tl.cdiv(tokens, STRIDE)
-    blocks = tl.num_programs(0)
-    group = tl.program_id(0) * PER_BLOCK + tl.arange(0, PER_BLOCK)
-    real = group < groups
-    source = lse + ((tl.program_id(1).to(tl.int64) * groups + group) * blocks)[:, None]
-
-    top = tl.full([PER_BLOCK], float("-inf"), tl.float32)
-    total = tl.zeros([PER_BLOCK], tl.float32)
-    for start in range(0, blocks, TILE):
-        block = start + tl.arange(0, TILE)
-        mask = real[:, None] & (block < blocks)[None, :]
-        # A group past the last token reads zeros here and is left out of the sum below.
-        value = tl.load(source + block[None, :], mask=mask, other=float("-inf"))
-        value = tl.where(real[:, None], value, 0.0)
-        new_top = tl.maximum(top, tl.max(value, 1))
-        total = total * tl.exp2(top - new_top) + tl.sum(tl.exp2(value - new_top[:, None]), 1)
-        top = new_top
-    row_lse = top + tl.log2(total)
-
-    target = scores + (head.to(tl.int64) * blocks + tl.program_id(0)) * blocks
-    for start in range(0, blocks, TILE):
-        block = start + tl.arange(0, TILE)
-        mask = real[:, None] & (block < blocks)[None, :]
-        value = tl.load(source + block[None, :], mask=mask, other=float("-inf"))
-        share = tl.where(real[:, None], tl.exp2(value - row_lse[:, None]), 0.0)
-        tl.store(target + block, tl.sum(share, 0), mask=block < blocks)
-
-
-def block_scores(q: Tensor, k: Tensor, flags: Tensor, *, block: int, stride: int) -> Tensor:
-    """Scores of every pair of blocks, for the heads that rebuild.
+def group_lses(
+    q: Tensor, k: Tensor, flags: Tensor, *, block: int, stride: int
+) -> Iterator[tuple[Tensor, int, int]]:
+    """Launch the GEMM over as many heads at a time as the scratch memory holds.
 
     Args:
         q, k: [B, H, N, D], last stride 1, D a power of two.
         flags: int32 [B, H]; heads with 0 are not scored.
         block: tokens a block; ``stride``: s, a divisor of ``block``.
-
-    Returns:
-        fp32 [B, H, T, T] as in the reference; unspecified where the flag is 0. Besides, the call holds at
-        most ``SCRATCH_BYTES``, or the 4·N²/(stride·block) bytes of one head where those are more.
-    """
-    batch, heads, tokens, _ = q.shape
-    blocks = triton.cdiv(tokens, block)
-    scores = torch.empty(batch, heads, blocks, blocks, dtype=torch.float32, device=q.device)
-    for lse, first, present in group_lses(q, k, flags, block=block, stride=stride):
-        launchable(normalise_kernel)[(blocks, present)](
-            lse, flags, scores, first, tokens,
-            STRIDE=stride, PER_BLOCK=block // stride, TILE=128, num_warps=4,
-        )  # fmt: skip
-    return scores
-
-
-def group_lses(
-    q: Tensor, k: Tensor, flags: Tensor, *, block: int, stride: int
-) -> Iterator[tuple[Tensor, int, int]]:
-    """Launch the GEMM over as many heads at a time as the scratch memory holds.
 
     Yields:
         lse: fp32 [heads of this turn, groups, T], log2 of each key block's sum of 2^(score·log2 e), the same

@@ -1,7 +1,8 @@
-"""Top-p selection of key blocks, Triton: one program a row, no sort, straight to mask bits.
+"""Masks from the log-sum-exps of token groups, Triton: one program a query block, no sort, straight to bits.
 
-The bit pattern of a non-negative float32 orders like the number, so 31 halvings find the smallest kept score;
-each is one comparison and one sum over a row that stays in registers.
+The groups of a query block are read one by one, normalised, and added to the block's row of scores, which
+stays in registers. Of that row the top-p is kept: the bit pattern of a non-negative float32 orders like the
+number, so 31 halvings find the smallest kept score; each is one comparison and one sum.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from haste_compile.kernels.block_scores.kernel import group_lses
 from haste_compile.kernels.launching import launchable
 from haste_compile.kernels.layout import COUNTER_COLUMNS, Counter, Ctl
 
@@ -17,6 +19,22 @@ _SLOT = tl.constexpr(int(Ctl.SLOT))
 _COLUMNS = tl.constexpr(COUNTER_COLUMNS)
 _KEPT = tl.constexpr(int(Counter.KEPT))
 _KEPT_SUM = tl.constexpr(int(Counter.KEPT_SUM))
+
+
+@triton.jit
+def score_row(lse, row, rows, groups, PER_BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
+    """Scores of one query block, fp32 [BLOCKS], 0 past the last key block.
+
+    lse: of the head, as ``group_lses`` yields it, [groups, rows]. rows: blocks of queries, and of keys.
+    """
+    key = tl.arange(0, BLOCKS)
+    score = tl.zeros([BLOCKS], tl.float32)
+    # A ragged last block has fewer groups; every query block has one.
+    for group in range(row * PER_BLOCK, tl.minimum((row + 1) * PER_BLOCK, groups)):
+        value = tl.load(lse + group * rows + key, mask=key < rows, other=float("-inf"))
+        value = tl.exp2(value - tl.max(value, 0))
+        score += value / tl.sum(value, 0)
+    return score
 
 
 @triton.jit
@@ -59,12 +77,24 @@ def kept_pairs(kept, row, tokens, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
     return tl.sum(tl.where(kept, real_keys, 0), 0).to(tl.int64) * tl.minimum(tokens - row * BLOCK, BLOCK)
 
 
-@triton.jit
-def select_row(
-    score, row, rows, head, samples_heads, top_p, ctl, mask, counters, heads, tokens, words,
-    BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+@triton.jit(do_not_specialize=["first"])
+def select_kernel(
+    lse, top_p, flags, ctl, mask, counters, first, samples_heads, heads, tokens, words,
+    STRIDE: tl.constexpr, PER_BLOCK: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Select from one row of scores in registers, fp32 [BLOCKS], and write its bits and its token pairs."""
+    """Grid (query blocks, heads of this turn). BLOCKS: key blocks rounded up to a power of two, at least 32.
+
+    lse: as ``group_lses`` yields it; first: flat (b, h) of the turn's first head; samples_heads: B·H.
+    """
+    row = tl.program_id(0)
+    rows = tl.num_programs(0)
+    head = (first + tl.program_id(1)).to(tl.int64)
+    if tl.load(flags + head) == 0:
+        return
+    groups = tl.cdiv(tokens, STRIDE)
+    score = score_row(
+        lse + tl.program_id(1).to(tl.int64) * groups * rows, row, rows, groups, PER_BLOCK, BLOCKS
+    )
     state_head = tl.load(ctl + _SLOT).to(tl.int64) * samples_heads + head
     bits = mask + (state_head * rows + row) * words
     kept = keep_top_p(score, tl.load(top_p + head % heads), words, bits, BLOCKS)
@@ -74,49 +104,35 @@ def select_row(
     tl.atomic_add(counters + state_head * _COLUMNS + _KEPT_SUM, pairs, sem="relaxed")
 
 
-@triton.jit
-def select_kernel(
-    scores, top_p, flags, ctl, mask, counters, heads, tokens, words,
-    BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
-):  # fmt: skip
-    """Grid (query blocks, B·H). BLOCKS: key blocks rounded up to a power of two, at least 32."""
-    row = tl.program_id(0)
-    rows = tl.num_programs(0)
-    head = tl.program_id(1).to(tl.int64)
-    if tl.load(flags + head) == 0:
-        return
-    key = tl.arange(0, BLOCKS)
-    score = tl.load(scores + (head * rows + row) * rows + key, mask=key < rows, other=0.0)
-    select_row(
-        score, row, rows, head, tl.num_programs(1), top_p, ctl, mask, counters, heads, tokens, words,
-        BLOCK, BLOCKS,
-    )  # fmt: skip
-
-
 def select_(
-    scores: Tensor,
+    q: Tensor,
+    k: Tensor,
     top_p: Tensor,
     flags: Tensor,
     ctl: Tensor,
     mask: Tensor,
     counters: Tensor,
     *,
-    tokens: int,
     block: int,
+    stride: int,
 ) -> None:
     """Write the masks of the heads that rebuild and add their token pairs to KEPT and KEPT_SUM, in place.
 
     Args:
-        scores: fp32 [B, H, T, T], contiguous; ``top_p``: fp32 [>= H]; ``flags``: int32 [B, H].
+        q, k: [B, H, N, D], last stride 1, D a power of two.
+        top_p: fp32 [>= H]; ``flags``: int32 [B, H], heads with 0 are left alone.
         ctl: int32 [8]; ``mask``: int32 [S, B, H, T, ceil(T / 32)]; ``counters``: int64 [S, B, H, 8].
-        tokens: N; ``block``: tokens a block.
+        block: tokens a block; ``stride``: tokens a group, a divisor of ``block``.
     """
-    batch, heads, blocks, _ = scores.shape
+    batch, heads, tokens, _ = q.shape
+    blocks = triton.cdiv(tokens, block)
     padded = max(32, triton.next_power_of_2(blocks))
-    launchable(select_kernel)[(blocks, batch * heads)](
-        scores, top_p, flags, ctl, mask, counters, heads, tokens, mask.shape[-1],
-        BLOCK=block, BLOCKS=padded, num_warps=choose_warps(padded),
-    )  # fmt: skip
+    for lse, first, present in group_lses(q, k, flags, block=block, stride=stride):
+        launchable(select_kernel)[(blocks, present)](
+            lse, top_p, flags, ctl, mask, counters, first, batch * heads, heads, tokens, mask.shape[-1],
+            STRIDE=stride, PER_BLOCK=block // stride, BLOCK=block, BLOCKS=padded,
+            num_warps=choose_warps(padded),
+        )  # fmt: skip
 
 
 def choose_warps(padded: int) -> int:

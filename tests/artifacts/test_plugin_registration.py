@@ -116,6 +116,7 @@ def test_scalars_are_passed_in_the_kernels_order(built) -> None:
     blocks = -(-N // block)
     known = {"tokens": N, "heads": H, "slots": SLOTS, "rows": blocks, "key_blocks": blocks}
     known |= {"words": x["mask"].shape[4], "chunks": 2, "interval": 0, "max_age": 0, "fewest": 2, "most": 2}
+    known["groups"] = -(-N // 16)
     for layer, plugin in zip(network.layers, PLUGINS, strict=True):
         names = [n for n in getattr(kernels, plugin.name).arg_names if n in known]
         assert layer.scalars == [known[name] for name in names], layer.name

@@ -242,7 +242,7 @@ def test_torch_tensorrt_is_taken_where_it_is_installed(
     assert fake.settings["require_full_compilation"] and fake.settings["min_block_size"] == 1
     # Every op of the graph became its plugins, and nothing else did.
     assert [layer.name for layer in fake.network.layers] == [
-        "token_sums", "token_means", "drift_gate", "group_lse", "block_scores", "top_p_select", "count_pairs",
+        "token_sums", "token_means", "drift_gate", "group_lse", "top_p_select", "count_pairs",
         "expand_mask", "block_sparse_attention",
     ]  # fmt: skip
     shapes = [x.shape for x in fake.outputs]

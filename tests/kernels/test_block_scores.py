@@ -71,7 +71,7 @@ def test_a_row_sums_to_its_real_query_groups():
 def test_kernel_agrees_with_float64(tokens: int, block: int, stride: int, dim: int, dtype: torch.dtype):
     q = tokens_first(2, 2, tokens, dim, dtype, seed=1, scale=3)
     k = tokens_first(2, 2, tokens, dim, dtype, seed=2, scale=3).contiguous()  # strides unlike those of q
-    scores = kernel.block_scores(q, k, flags(2, 2), block=block, stride=stride)
+    scores = by_kernel(q, k, flags(2, 2), block=block, stride=stride)
     expected = reference.block_scores(q.double(), k.double(), block=block, stride=stride)
     torch.testing.assert_close(scores.double(), expected, rtol=2e-5, atol=1e-6)
 
@@ -80,7 +80,7 @@ def test_heads_that_reuse_are_left_alone(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch, "empty", lambda *size, **kind: torch.full(size, float("nan"), **kind))
     q, k = (tokens_first(2, 2, 200, 64, seed=seed) for seed in (1, 2))
     chosen = torch.tensor([[0, 1], [1, 0]], dtype=torch.int32, device=DEVICE)
-    scores = kernel.block_scores(q, k, chosen, block=64, stride=16)
+    scores = by_kernel(q, k, chosen, block=64, stride=16)
     expected = reference.block_scores(q, k, block=64, stride=16)
     torch.testing.assert_close(scores[chosen == 1], expected[chosen == 1], rtol=2e-5, atol=1e-6)
     assert scores[chosen == 0].isnan().all()
@@ -88,9 +88,9 @@ def test_heads_that_reuse_are_left_alone(monkeypatch: pytest.MonkeyPatch):
 
 def test_heads_that_do_not_fit_in_scratch_take_turns(monkeypatch: pytest.MonkeyPatch):
     q, k = (tokens_first(1, 5, 200, 64, seed=seed) for seed in (1, 2))
-    at_once = kernel.block_scores(q, k, flags(1, 5), block=64, stride=16)
+    at_once = by_kernel(q, k, flags(1, 5), block=64, stride=16)
     monkeypatch.setattr(kernel, "SCRATCH_BYTES", 2 * 4 * 13 * 4)  # two heads of 13 groups × 4 blocks
-    assert torch.equal(kernel.block_scores(q, k, flags(1, 5), block=64, stride=16), at_once)
+    assert torch.equal(by_kernel(q, k, flags(1, 5), block=64, stride=16), at_once)
 
 
 @pytest.mark.gpu
@@ -99,10 +99,26 @@ def test_heads_that_do_not_fit_in_scratch_take_turns(monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("dim", [64, 128])
 def test_kernel_in_bf16(tokens: int, block: int, stride: int, dim: int):
     q, k = (tokens_first(1, 2, tokens, dim, torch.bfloat16, seed=seed, scale=3) for seed in (1, 2))
-    scores = kernel.block_scores(q, k, flags(1, 2), block=block, stride=stride)
+    scores = by_kernel(q, k, flags(1, 2), block=block, stride=stride)
     expected = reference.block_scores(q.double(), k.double(), block=block, stride=stride)
     # The products are exact in float32; what is left is summation order and exp2.
     torch.testing.assert_close(scores.double(), expected, rtol=1e-4, atol=1e-6)
+
+
+def by_kernel(q: Tensor, k: Tensor, flags: Tensor, *, block: int, stride: int) -> Tensor:
+    """Scores [B, H, T, T] by definition from the log-sum-exps of the kernel."""
+    batch, heads, tokens, _ = q.shape
+    groups, blocks = math.ceil(tokens / stride), math.ceil(tokens / block)
+    lse = torch.cat(
+        [
+            lse[:present].clone()
+            for lse, _, present in kernel.group_lses(q, k, flags, block=block, stride=stride)
+        ]
+    )
+    shares = torch.softmax(lse.view(batch, heads, groups, blocks) * math.log(2), -1)
+    short = blocks * (block // stride) - groups
+    shares = torch.nn.functional.pad(shares, (0, 0, 0, short))
+    return shares.view(batch, heads, blocks, block // stride, blocks).sum(3)
 
 
 def flags(batch: int, heads: int) -> Tensor:

@@ -18,7 +18,6 @@ from haste_compile.kernels.cross_compile import (  # noqa: E402
 from haste_compile.kernels.drift_gate import kernel as drift_gate  # noqa: E402
 from haste_compile.kernels.expand_mask import kernel as expand_mask  # noqa: E402
 from haste_compile.kernels.token_means import kernel as token_means  # noqa: E402
-from haste_compile.kernels.top_p_select import fused  # noqa: E402
 from haste_compile.kernels.top_p_select import kernel as top_p_select  # noqa: E402
 
 STRIDES = {f"stride_{x}{axis}": "i64:16" for x in "qk" for axis in "bhn"}
@@ -41,15 +40,7 @@ def lse_request(block: int, stride: int, dim: int, dtype: str, target: str) -> R
 
 
 def other_requests(target: str) -> list[Request]:
-    requests = [
-        Request(
-            kernel_name(block_scores.normalise_kernel),
-            {"lse": "*fp32:16", "flags": "*i32:16", "scores": "*fp32:16", "first": "i32", "tokens": "i32"},
-            {"STRIDE": 16, "PER_BLOCK": per_block, "TILE": 128},
-            target,
-        )
-        for per_block in (2, 32)
-    ]
+    requests: list[Request] = []
     for dim in HEAD_DIMS:
         requests += [
             Request(
@@ -75,8 +66,9 @@ def other_requests(target: str) -> list[Request]:
         requests.append(Request(kernel_name(drift_gate.decide_kernel), books, constexprs, target))
     for padded in (32, 1024, 8192):
         selection = {
-            "scores": "*fp32:16", "top_p": "*fp32:16", "flags": "*i32:16", "ctl": "*i32:16",
-            "mask": "*i32:16", "counters": "*i64:16", "heads": "i32", "tokens": "i32", "words": "i32",
+            "lse": "*fp32:16", "top_p": "*fp32:16", "flags": "*i32:16", "ctl": "*i32:16",
+            "mask": "*i32:16", "counters": "*i64:16", "first": "i32", "samples_heads": "i32", "heads": "i32",
+            "tokens": "i32", "words": "i32",
         }  # fmt: skip
         expansion = {
             "mask": "*i32:16", "ctl": "*i32:16", "counts": "*i32:16", "indices": "*i32:16",
@@ -86,14 +78,6 @@ def other_requests(target: str) -> list[Request]:
             Request(
                 kernel_name(top_p_select.select_kernel),
                 selection,
-                {"BLOCK": 128, "BLOCKS": padded},
-                target,
-                top_p_select.choose_warps(padded),
-            ),
-            Request(
-                kernel_name(fused.select_from_lse_kernel),
-                {name: kind for name, kind in selection.items() if name != "scores"}
-                | {"lse": "*fp32:16", "first": "i32", "samples_heads": "i32"},
                 {"STRIDE": 16, "PER_BLOCK": 8, "BLOCK": 128, "BLOCKS": padded},
                 target,
                 top_p_select.choose_warps(padded),

@@ -3,8 +3,8 @@
 An ahead-of-time plugin is one kernel: TensorRT asks for its PTX while it builds the engine, and the engine
 then runs without Python or Triton. So each op becomes a chain of plugins in the namespace ``haste``:
 
-    haste::refresh_mask:            token_sums → token_means → drift_gate → group_lse → block_scores
-                                    → top_p_select → count_pairs
+    haste::refresh_mask:            token_sums → token_means → drift_gate → group_lse → top_p_select
+                                    → count_pairs
     haste::block_sparse_attention:  expand_mask → block_sparse_attention
 
 | file                | what                                                                  |

@@ -31,7 +31,7 @@ def refresh_mask(
     gate_high: float = 0.8,
     relative: bool = False,
 ) -> tuple[AnyTensor, AnyTensor, AnyTensor]:
-    """``haste::refresh_mask`` as seven plugins; tensors and options as in ``kernels.ops.refresh_mask_``.
+    """``haste::refresh_mask`` as six plugins; tensors and options as in ``kernels.ops.refresh_mask_``.
 
     Returns:
         The new mask, anchors and counters; the old ones are only read.
@@ -50,9 +50,8 @@ def refresh_mask(
     (means,) = call("token_means", (sums,), {"tokens": tokens})
     flags, new_anchors, decided = call("drift_gate", (means, delta, ctl, anchors, counters), gate)
     (lse,) = call("group_lse", (q, k, flags), {"block": block, "stride": stride})
-    (scores,) = call("block_scores", (lse, flags), {"tokens": tokens, "block": block, "stride": stride})
-    selection = {"tokens": tokens, "block": block}
-    new_mask, pairs = call("top_p_select", (scores, top_p, flags, ctl, mask), selection)
+    selection = {"tokens": tokens, "block": block, "stride": stride}
+    new_mask, pairs = call("top_p_select", (lse, top_p, flags, ctl, mask), selection)
     (new_counters,) = call("count_pairs", (pairs, ctl, decided), {})
     return new_mask, new_anchors, new_counters
 

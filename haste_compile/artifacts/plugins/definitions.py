@@ -159,48 +159,35 @@ def _launch_group_lse(
     return Launch((tiles, B * H), {"heads": H, "tokens": N}, constexprs, tile.num_warps, tile.num_stages)
 
 
-def _block_scores(
-    lse: TensorSpec, flags: TensorSpec, tokens: int, block: int, stride: int
-) -> tuple[TensorSpec, ...]:
-    B, H, _, blocks = lse.shape
-    return (TensorSpec((B, H, blocks, blocks), "fp32"),)
-
-
-def _launch_block_scores(
-    lse: TensorSpec, flags: TensorSpec, tokens: int, block: int, stride: int, capability: Capability
-) -> Launch:
-    B, H, _, blocks = lse.shape
-    constexprs = {"STRIDE": stride, "PER_BLOCK": block // stride, "TILE": 128}
-    return Launch((blocks, B * H), {"tokens": tokens}, constexprs)
-
-
 def _top_p_select(
-    scores: TensorSpec,
+    lse: TensorSpec,
     top_p: TensorSpec,
     flags: TensorSpec,
     ctl: TensorSpec,
     mask: TensorSpec,
     tokens: int,
     block: int,
+    stride: int,
 ) -> tuple[TensorSpec, ...]:
-    B, H, blocks, _ = scores.shape
+    B, H, _, blocks = lse.shape
     return mask, TensorSpec((B, H, blocks), "i64")
 
 
 def _launch_top_p_select(
-    scores: TensorSpec,
+    lse: TensorSpec,
     top_p: TensorSpec,
     flags: TensorSpec,
     ctl: TensorSpec,
     mask: TensorSpec,
     tokens: int,
     block: int,
+    stride: int,
     capability: Capability,
 ) -> Launch:
-    B, H, blocks, _ = scores.shape
+    B, H, groups, blocks = lse.shape
     padded = max(32, triton.next_power_of_2(blocks))
-    scalars = {"slots": mask.shape[0], "heads": H, "tokens": tokens, "words": mask.shape[4]}
-    constexprs = {"BLOCK": block, "BLOCKS": padded}
+    scalars = {"slots": mask.shape[0], "heads": H, "tokens": tokens, "groups": groups, "words": mask.shape[4]}
+    constexprs = {"PER_BLOCK": block // stride, "BLOCK": block, "BLOCKS": padded}
     return Launch((blocks, B * H), scalars, constexprs, num_warps=select_warps(padded))
 
 
@@ -299,17 +286,9 @@ PLUGINS = (
         _launch_group_lse,
     ),
     Plugin(
-        "block_scores",
-        ("lse", "flags"),
-        {"tokens": int, "block": int, "stride": int},
-        ("scores",),
-        _block_scores,
-        _launch_block_scores,
-    ),
-    Plugin(
         "top_p_select",
-        ("scores", "top_p", "flags", "ctl", "mask"),
-        {"tokens": int, "block": int},
+        ("lse", "top_p", "flags", "ctl", "mask"),
+        {"tokens": int, "block": int, "stride": int},
         ("new_mask", "pairs"),
         _top_p_select,
         _launch_top_p_select,

@@ -10,13 +10,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from haste_compile.kernels.block_scores.kernel import group_lse_kernel, normalise_kernel
+from haste_compile.kernels.block_scores.kernel import group_lse_kernel
 from haste_compile.kernels.block_sparse_attention.kernel import block_sparse_attention_kernel
 from haste_compile.kernels.drift_gate.kernel import decide_kernel
 from haste_compile.kernels.expand_mask.kernel import expand_kernel
 from haste_compile.kernels.layout import COUNTER_COLUMNS, Counter, Ctl
 from haste_compile.kernels.token_means.kernel import chunk_sums_kernel, combine_kernel
-from haste_compile.kernels.top_p_select.kernel import keep_top_p, kept_pairs
+from haste_compile.kernels.top_p_select.kernel import keep_top_p, kept_pairs, score_row
 
 _SLOT = tl.constexpr(int(Ctl.SLOT))
 _COLUMNS = tl.constexpr(COUNTER_COLUMNS)
@@ -86,17 +86,9 @@ def group_lse(
 
 
 @triton.jit
-def block_scores(
-    lse, flags, tokens, scores, STRIDE: tl.constexpr, PER_BLOCK: tl.constexpr, TILE: tl.constexpr
-):
-    """Grid (query blocks, B·H)."""
-    normalise_kernel(lse, flags, scores, 0, tokens, STRIDE=STRIDE, PER_BLOCK=PER_BLOCK, TILE=TILE)
-
-
-@triton.jit
 def top_p_select(
-    scores, top_p, flags, ctl, mask, slots, heads, tokens, words, new_mask, pairs,
-    BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+    lse, top_p, flags, ctl, mask, slots, heads, tokens, groups, words, new_mask, pairs,
+    PER_BLOCK: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Grid (query blocks, B·H): a program owns its row of bits in every slot."""
     row = tl.program_id(0)
@@ -112,8 +104,7 @@ def top_p_select(
         state_head = tl.load(ctl + _SLOT).to(tl.int64) * tl.num_programs(1) + head
         bits = new_mask + (state_head * rows + row) * words
         share = tl.load(top_p + head % heads)
-        key = tl.arange(0, BLOCKS)
-        score = tl.load(scores + (head * rows + row) * rows + key, mask=key < rows, other=0.0)
+        score = score_row(lse + head * groups * rows, row, rows, groups, PER_BLOCK, BLOCKS)
         kept = keep_top_p(score, share, words, bits, BLOCKS)
         tl.store(pairs + head * rows + row, kept_pairs(kept, row, tokens, BLOCK, BLOCKS))
     else:
