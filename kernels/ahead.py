@@ -1,4 +1,4 @@
-"""Kernels compiled before their first launch, in other processes, through the cache on disk Triton reads.
+"""Kernels compiled before their first launch, in other processes, by way of Triton's cache on disk.
 
 The process that is going to launch a kernel says what it is specialised on (dtypes, alignments, sizes), in
 the text that Triton has for this. Any other one compiles that (``JITFunction.preload``); it needs no GPU.
@@ -24,7 +24,7 @@ from triton.runtime.cache import get_cache_manager
 
 from haste_compile.kernels.launching import NotedLaunch
 
-_one_hook = threading.Lock()
+_one_hook = threading.Lock()  # Triton has one for all threads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Order:
     name: str
     specialization: str
     target: tuple[str, Any, int]
-    environment: Mapping[str, str] = dataclasses.field(compare=False)
+    environment: Mapping[str, str]
 
 
 class Compilation:
@@ -60,7 +60,7 @@ class Compilation:
         self._compile, self._finalize = compile, finalize
         self._lock, self._kernel = threading.Lock(), None
 
-    def result(self, ignore_errors: bool = False) -> Any:
+    def result(self) -> Any:
         """Triton's record of the kernel, which is compiled here or taken from the cache, once."""
         with self._lock:
             if self._kernel is None:

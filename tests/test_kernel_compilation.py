@@ -116,6 +116,8 @@ inputs = {
     name: value.to("cuda", torch.bfloat16) if isinstance(value, torch.Tensor) else value
     for name, value in tiny_wan.transformer_inputs().items()
 }
+if sys.argv[4] == "earlier":  # Inductor changes over to PyTorch's ptxas
+    torch.compile(lambda x: x.relu() + 1)(torch.ones(64, 64, device="cuda"))
 options = {"compile": sys.argv[3], "predictor": sys.argv[2], "min_tokens": 64}
 with torch.no_grad(), haste_compile.optimize(transformer, **options):
     transformer(**inputs)
@@ -174,11 +176,18 @@ def test_what_no_other_process_compiles_is_compiled_by_its_launch(tmp_path: Path
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("compile", ["whole", "blocks"])
-@pytest.mark.parametrize("predictor", ["xattention", "svg2"])
+@pytest.mark.parametrize(
+    ("predictor", "compile", "others"),
+    [
+        ("xattention", "whole", "none"),
+        ("xattention", "blocks", "earlier"),
+        ("svg2", "whole", "earlier"),
+        ("svg2", "blocks", "none"),
+    ],
+)
 def test_a_model_s_first_call_compiles_no_kernel_of_ours_in_its_own_process(
-    predictor: str, compile: str, tmp_path: Path
+    predictor: str, compile: str, others: str, tmp_path: Path
 ) -> None:
-    heard = run(_ON_A_GPU, tmp_path, predictor, compile)["ahead"]
+    heard = run(_ON_A_GPU, tmp_path, predictor, compile, others)["ahead"]
     ours = [(name, on_disk) for name, on_disk in heard if not name.startswith("triton_")]
-    assert len(ours) >= 8 and all(on_disk for _, on_disk in ours), ours
+    assert len(ours) >= 7 and all(on_disk for _, on_disk in ours), ours
