@@ -38,13 +38,13 @@ def one(side: str, how: str, options: argparse.Namespace) -> dict[str, float]:
     from torch._inductor.async_compile import AsyncCompile
 
     import haste_compile
+    from haste_compile import _torch
 
     torch.compile(lambda x: torch.nn.functional.linear(x, x).relu() + 1)(
         torch.ones(64, 64, device=options.device)
     )
-    if options.threads != 1:
-        while not AsyncCompile.use_process_pool():
-            time.sleep(0.1)
+    while _torch.compile_processes() > 1 and not AsyncCompile.use_process_pool():
+        time.sleep(0.1)
     dtype = torch.float32 if options.device == "cpu" else torch.bfloat16
     with torch.device(options.device):
         transformer = WanTransformer3DModel(
