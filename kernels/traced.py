@@ -50,24 +50,15 @@ def block_sparse_attention(
 
     counts, indices = expand_mask.expand(mask, ctl, mask.shape[3])
     if operator is not None:
-        rows = [x if _tma_ready(x) else x.contiguous() for x in (q, k, v)]
+        rows = [x if attention.tma_ready(x) else x.contiguous() for x in (q, k, v)]
         return getattr(torch.ops.haste_native, operator)(*rows, counts, indices, scale)
     launch = choose_launch(
         torch.cuda.get_device_capability(q.device) if q.is_cuda else (9, 0),
         block=block,
         dim=q.shape[3],
         itemsize=q.element_size(),
-        tma_ready=_SCRATCH_FOR_ALL and all(map(_tma_ready, (q, k, v))),
+        tma_ready=_SCRATCH_FOR_ALL and all(map(attention.tma_ready, (q, k, v))),
     )
     launch = dataclasses.replace(launch, host_descriptors=False)
     lists = BlockMask(counts, indices, block)
     return attention.attend(q, k, v, lists, block=block, scale=scale, launch=launch)[0]
-
-
-def _tma_ready(x: Tensor) -> bool:
-    """As ``block_sparse_attention.kernel.tma_ready``, for a tensor without an address."""
-    steps = (
-        x.storage_offset(),
-        *(step for step, size in zip(x.stride()[:3], x.shape, strict=False) if size > 1),
-    )
-    return all(step * x.element_size() % 16 == 0 for step in steps)

@@ -27,7 +27,7 @@ _STAND_IN = """
 import gpu_stand_in, graph_capture
 from haste_compile import _torch
 from haste_compile.kernel_compilation import compiling_kernels
-from haste_compile.kernels.launching import ON_CUDA, noted_launches
+from haste_compile.kernels.launching import ON_CUDA
 
 cuda = torch.device("cuda", 0)
 
