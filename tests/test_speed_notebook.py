@@ -326,7 +326,10 @@ def test_compile_times_are_the_recorded_ones() -> None:
     assert (
         f"{walls[0]} as long as dense `torch.compile` for the whole model {pairs[0]}, two rounds)" in readme
     )
-    assert f"block by block {walls[1]} {pairs[1]}) in one run and {walls[2]} ({dense[2]} s both) in another" in readme
+    assert (
+        f"block by block {walls[1]} {pairs[1]}) in one run and {walls[2]} ({dense[2]} s both) in another"
+        in readme
+    )
     assert [len(row["wall_s"]["haste"]) for row in now] == [2, 5, 5] and "of five rounds each" in readme
     spread = sorted(seconds for row in now[1:] for seconds in row["wall_s"]["dense"])
     assert f"dense times lie between {spread[0]:.1f} and {spread[-1]:.1f} s" in readme
