@@ -151,9 +151,7 @@ def _prepare(side: Side, replay: bool) -> tuple[Call, Tensor]:
     return call, out
 
 
-def predict(
-    tokens: int, heads: int, rounds: int, *, replay: bool = False, variants: bool = False
-) -> list[Row]:
+def predict(tokens: int, heads: int, rounds: int, *, replay: bool = False) -> list[Row]:
     """The mask predictor by itself: a call that rebuilds every head, and a call that reuses every head."""
     import haste_compile.kernels.ops  # noqa: F401  defines torch.ops.haste
 
@@ -325,8 +323,7 @@ def run(options: argparse.Namespace, facts: dict[str, object]) -> None:
                     )
                     show(compare(candidates, mask, options.rounds, left_out, replay=options.replay))
             if not options.launches and not options.no_predictor:
-                forms = {"replay": options.replay, "variants": options.variants}
-                show(predict(tokens, heads, options.rounds, **forms))
+                show(predict(tokens, heads, options.rounds, replay=options.replay))
     for name, reason in left_out.items():
         print(f"left out: {name}: {reason}")
 
